@@ -1,0 +1,463 @@
+"""Stage 2: knowledge distillation (LatBot, arXiv 2511.23034, Sec. 3.3, 6.3).
+
+The latent action model needs the future to say what happens. A policy has no future to look at: here a student
+vision-language model, pi0.5's PaliGemma, learns to foresee the same latent actions from the first frame and the
+instruction alone, and keeps its language by describing the subtask.
+
+    teacher (frozen)   f_lam(l, V_1 .. V_T)  --> Z  (B, N, D)                                             Eq. 2
+    student            f_vlm(l, V_1)         --> Zhat (B, N, D), subtask text                             Eq. 3
+
+    [ image n | text | N latent queries | subtask text ]     N = Ns + Nm; one pass, one mask:
+
+                  image  text  latents  subtask
+        image       1      1      0        0        image and text see each other (PaliGemma's prefix)
+        text        1      1      0        0
+        latents     1      1      1        0        the latent queries see the prefix and each other
+        subtask     1      1      0      causal     text sees the prefix and what is written, never the latents
+
+    L = L_a + lambda_r L_r                                                                                Eq. 6
+    L_a = |Zhat - Z|^2 + KL(p(Zhat) || p(Z))                                                              Eq. 4
+    L_r = - sum_i log p(w_{i+1} | w_{<=i}, l, V_1)                                                        Eq. 5
+
+    python distill.py --tiny                                       a CPU, about a minute
+    python distill.py --small --data runs/data/play                a laptop in about an hour, a GPU in minutes
+    torchrun --nproc-per-node 16 distill.py --data A B C           the paper's run
+
+Reads LeRobot data sets (--data) and the latent action model of stage 1 (--lam). Writes runs/<preset>/distill/:
+args.json, metrics.jsonl, checkpoints/step_*/. `finetune.py` starts from there.
+
+Where we depart from the paper, or fill in what it does not say:
+ 1. p is a softmax over the features of a latent token; the KL is printed with the student first, and so it is here. It
+    is summed over features and averaged over tokens; |.|^2 is averaged over tokens and features.
+ 2. The student carries the teacher's number of latent queries, learned, after its prompt; a linear map takes their last
+    hidden states to the teacher's width (the identity at the start where the widths agree).
+ 3. Image and text do not see the latent queries, so the subtask text is conditioned on (l, V_1) and nothing else, as
+    Eq. 5 has it, and inference never has to write text.
+ 4. L_r is trained on the text of the present phase where a data set has it, on the instruction elsewhere, and averaged
+    over all tokens of the global batch.
+ 5. The student starts from PaliGemma, which pi0.5's VLM is a further training of; at --tiny and --small from random
+    weights.
+ 6. 130,000 steps at a batch of 256: our reckoning of 7 days of 16 A100s.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+import common
+from common import InputError, Process, View, Windows
+from lam import LAM, count, load_lam
+
+# Shapes: B batch, K camera views, T frames, n tokens of an image, L prefix positions, N = Ns + Nm latent tokens, D their
+# width, S positions of subtask text.
+
+IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
+
+
+@dataclass
+class Args:
+    data: tuple[str, ...] = ("datasets/pretrain",)
+    """LeRobot data sets: PATH, or PATH@MAPPING for columns named otherwise (see data/mappings). (Sec. 4.1: as stage 1)"""
+    weights: tuple[float, ...] = ()
+    """Sampling weight of each data set; none: every frame counts alike."""
+    lam: str = "runs/paper/lam"
+    """The teacher: a run folder or checkpoint of lam.py."""
+    out: str = "runs/paper/distill"
+    """Run folder: log and checkpoints."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint, bit for bit."""
+    student: str = "google/paligemma-3b-pt-224"
+    """PaliGemma: folder or hub name, or paligemma-tiny / paligemma-small from random weights. (Sec. 4.1)"""
+    lambda_r: float = 0.5
+    """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
+    batch: int = 8
+    """Windows per GPU and micro-step. (Sec. 6.3)"""
+    accumulate: int = 2
+    """Micro-steps per optimizer step: 8 x 2 x 16 GPUs = 256. (Sec. 6.3)"""
+    steps: int = 130_000
+    """Optimizer steps. (our choice: about 7 days of 16 A100s)"""
+    lr: float = 1e-4
+    """Peak learning rate. (Sec. 6.3)"""
+    min_lr: float = 2.5e-6
+    """Learning rate at the last step of the cosine. (Sec. 6.3)"""
+    warmup: int = 2000
+    """Warm-up steps. (Sec. 6.3)"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas. (Sec. 6.3)"""
+    weight_decay: float = 0.01
+    """AdamW's weight decay. (our choice)"""
+    clip: float = 1.0
+    """Largest norm of the gradient. (our choice)"""
+    checkpointing: bool = True
+    """Recompute activations in the backward pass. (our choice)"""
+    val_every: int = 20
+    """One episode in so many is held out for validation. (our choice)"""
+    val_samples: int = 64
+    """Held-out windows measured at each save. (our choice)"""
+    save_every: int = 1000
+    """Steps between checkpoints, each with a validation. (our choice)"""
+    log_every: int = 20
+    """Steps between lines of the log. (our choice)"""
+    workers: int = 8
+    """Decoding processes per GPU. (our choice)"""
+    preload: bool = False
+    """Decode all frames into memory at the start: for data that fit. (our choice)"""
+    seed: int = 0
+    """Seed of the initialisation and the data stream."""
+
+
+TINY = Args(
+    data=("data/tiny",), lam="runs/tiny/lam", out="runs/tiny/distill", student="paligemma-tiny", batch=8, accumulate=1,
+    steps=200, lr=1e-3, min_lr=1e-5, warmup=10, checkpointing=False, val_every=10, val_samples=64, save_every=50,
+    log_every=10, workers=0, preload=True,
+)  # fmt: skip
+SMALL = Args(
+    data=("runs/data/five_tasks",), lam="runs/small/lam", out="runs/small/distill", student="paligemma-small", batch=16,
+    accumulate=1, steps=3000, lr=5e-4, min_lr=1e-5, warmup=100, checkpointing=False, val_every=10, val_samples=128,
+    save_every=200, log_every=20, workers=0, preload=True,
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Model: the student
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def attention_mask(group: Tensor, valid: Tensor) -> Tensor:
+    """Who attends to whom, bool (B, 1, L, L), from each position's group (L,) and whether it holds a token (B, L).
+
+        [[1 1 0 0]     image and text
+         [1 1 1 0]     latents (columns: image, text, latents, subtask)
+         [1 1 0 \\]]    subtask, causal"""
+    table = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=group.device)
+    allowed = table[group][:, group]  # (L, L)
+    text = group == SUBTASK
+    causal = torch.ones_like(allowed).tril() | ~(text[:, None] & text[None])
+    return (allowed & causal)[None, None] & valid[:, None, None, :]
+
+
+class Student(nn.Module):
+    """PaliGemma with latent queries. `forward` gives the foreseen latent actions and, if asked, the text's logits.
+
+    It may look at several cameras (fine-tuning does); distillation shows it one."""
+
+    def __init__(self, vlm: nn.Module, tokenizer: Any, tokens: tuple[int, int], latent_dim: int):
+        super().__init__()
+        if vlm.config.model_type != "paligemma":
+            raise InputError(f"the student is PaliGemma, not {vlm.config.model_type!r}: change --student")
+        # The language head is the embedding itself (tied), so the model below the head is all there is.
+        self.vlm, self.config, self.tokenizer, self.tokens = vlm.model, vlm.config, tokenizer, tokens
+        self.width = vlm.config.text_config.hidden_size
+        self.image_size = vlm.config.vision_config.image_size
+        # Gemma's embeddings arrive scaled by sqrt(width): the queries are born at the same scale.
+        self.queries = nn.Parameter(torch.randn(sum(tokens), self.width) * 0.02 * self.width**0.5)
+        self.head = nn.Linear(self.width, latent_dim)
+        if self.width == latent_dim:
+            nn.init.eye_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def ids(self, texts: list[str], start: str = "", end: str = "") -> tuple[Tensor, Tensor]:
+        """Token ids (B, L), right-padded, and where there are tokens, bool (B, L)."""
+        rows = [self.tokenizer(start + t + end, add_special_tokens=False).input_ids for t in texts]
+        length = max(len(r) for r in rows)
+        limit = self.config.text_config.max_position_embeddings
+        if length + len(self.queries) > limit:
+            raise InputError(f"a text of {length} tokens is longer than the model's context of {limit}: shorten it")
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows], device=self.queries.device)
+        valid = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows], device=self.queries.device).bool()
+        return ids, valid
+
+    def prefix(self, images: Tensor, instructions: list[str], latents: bool = True):
+        """images uint8 (B, K, 3, H, H) -> what stands before the answer: embeddings (B, L, width), group (L,), valid
+        (B, L) and position numbers (B, L). Padding takes no position."""
+        embed = self.vlm.get_input_embeddings()
+        b, k = images.shape[:2]
+        pixels = common.normalize_pixels(rearrange(images, "b k c h w -> (b k) c h w"), "paligemma", self.queries.dtype)
+        pictures = self.vlm.get_image_features(pixels).pooler_output
+        pictures = rearrange(pictures, "(b k) n d -> b (k n) d", b=b)  # (B, K n, width)
+        prompts = [common.STUDENT_PROMPT.format(sent=s) for s in instructions]
+        ids, valid = self.ids(prompts, start=self.tokenizer.bos_token)
+        seen = torch.ones(pictures.shape[:2], dtype=torch.bool, device=images.device)
+        parts, valid = [pictures, embed(ids).to(pictures.dtype)], torch.cat([seen, valid], 1)
+        group = [IMAGE_TEXT] * valid.shape[1]
+        if latents:
+            parts.append(repeat(self.queries, "n d -> b n d", b=b).to(pictures.dtype))
+            valid = F.pad(valid, (0, len(self.queries)), value=True)
+            group += [LATENT] * len(self.queries)
+        positions = valid.cumsum(1) - 1
+        return torch.cat(parts, 1), torch.tensor(group, device=images.device), valid, positions.clamp(min=0)
+
+    def forward(self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None):
+        """Returns Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that predict their tokens, and
+        the tokens themselves (B, S), -100 where there is none.  (Eq. 3)"""
+        embeds, group, valid, positions = self.prefix(images, instructions)
+        n, before = len(self.queries), embeds.shape[1]
+        if subtasks is not None:
+            ids, written = self.ids(subtasks, end=self.tokenizer.eos_token)  # (B, S)
+            text = self.vlm.get_input_embeddings()(ids[:, :-1]).to(embeds.dtype)
+            embeds = torch.cat([embeds, text], 1)
+            group = torch.cat([group, torch.full((text.shape[1],), SUBTASK, device=group.device)])
+            valid = torch.cat([valid, written[:, :-1]], 1)
+            # The text goes on where the prompt ended, as if the latent queries were not there.
+            last = valid[:, : before - n].sum(1, keepdim=True) - 1
+            positions = torch.cat([positions, last + 1 + torch.arange(text.shape[1], device=group.device)], 1)
+        hidden = self.vlm.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=False
+        ).last_hidden_state
+        z = self.head(hidden[:, before - n : before])  # (B, N, D)
+        if subtasks is None:
+            return z
+        # The prompt's last token predicts the first word.
+        first = hidden[torch.arange(len(hidden)), last_token(valid[:, : before - n])][:, None]
+        logits = self.logits(torch.cat([first, hidden[:, before:]], 1))
+        return z, logits, ids.masked_fill(~written, -100)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The tied language head: hidden states (..., width) -> logits (..., vocabulary)."""
+        return F.linear(hidden, self.vlm.get_input_embeddings().weight.to(hidden.dtype))
+
+    @torch.no_grad()
+    def describe(self, images: Tensor, instructions: list[str], limit: int = 24) -> list[str]:
+        """The subtask sentences that the student writes, greedily, with a cache; images (B, 1, 3, H, H)."""
+        embeds, group, valid, positions = self.prefix(images, instructions, latents=False)
+        out = self.vlm.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
+        )
+        cache, rows = out.past_key_values, torch.arange(len(images), device=images.device)
+        hidden, position = out.last_hidden_state[rows, last_token(valid)][:, None], positions[rows, last_token(valid)]
+        words: list[Tensor] = []
+        for _ in range(limit):
+            words.append(self.logits(hidden)[:, -1].argmax(-1))
+            position, valid = position + 1, F.pad(valid, (0, 1), value=True)
+            hidden = self.vlm.language_model(
+                inputs_embeds=self.vlm.get_input_embeddings()(words[-1][:, None]).to(embeds.dtype), past_key_values=cache,
+                attention_mask=valid[:, None, None, :], position_ids=position[:, None], use_cache=True,
+            ).last_hidden_state  # fmt: skip
+        eos = self.tokenizer.eos_token_id
+        texts = []
+        for row in torch.stack(words, 1).tolist():
+            texts.append(self.tokenizer.decode(row[: row.index(eos)] if eos in row else row, skip_special_tokens=True))
+        return texts
+
+
+def last_token(valid: Tensor) -> Tensor:
+    """The position (B,) of the last True in each row of (B, L)."""
+    return valid.shape[1] - 1 - valid.flip(1).int().argmax(1)
+
+
+def build(args: Args, tokens: tuple[int, int], latent_dim: int, checkpoint: Path | None = None) -> Student:
+    """The student: from pretrained or random weights, or with the architecture of a checkpoint, to be filled."""
+    config = common.load_meta(checkpoint)["student_config"] if checkpoint else None
+    vlm, tokenizer = common.load_vlm(args.student, config, checkpoint)
+    student = Student(vlm, tokenizer, tokens, latent_dim)
+    if args.checkpointing:
+        student.vlm.gradient_checkpointing_enable()
+    return student
+
+
+def load_student(path: str | Path) -> tuple[Student, Args, dict[str, Any]]:
+    """A distilled student, its arguments and its checkpoint's metadata.
+
+    Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
+    found = common.find_checkpoint(path, "distill")
+    meta = common.load_meta(found)
+    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    student = build(args, tuple(meta["tokens"]), meta["latent_dim"], found)
+    common.load_weights(student, found)
+    return student, args, meta
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loss (Sec. 3.3)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def alignment_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_a = |Zhat - Z|^2 + KL(p(Zhat) || p(Z)), p a softmax over features; both (B, N, D).  (Eq. 4)"""
+    student, teacher = student.float(), teacher.float()
+    mse = F.mse_loss(student, teacher)
+    log_p_hat, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    kl = (log_p_hat.exp() * (log_p_hat - log_p)).sum(-1).mean()
+    return mse + kl, {"mse": mse.detach(), "kl": kl.detach()}
+
+
+def distill_loss(
+    student: Tensor, teacher: Tensor, logits: Tensor, words: Tensor, n_words: Tensor, lambda_r: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_a + lambda_r L_r (Eq. 6), L_r the next-token prediction of Eq. 5 divided by `n_words`."""
+    align, parts = alignment_loss(student, teacher)  # L_a
+    text = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum") / n_words
+    return align + lambda_r * text, parts | {"text": text.detach()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(student: Student, teacher: LAM, windows: Windows, args: Args, process: Process) -> dict[str, float]:
+    """Held-out losses; the cosine between Zhat and Z, beside that of Zhat with the Z of another sample (what a student
+    that foresees nothing in particular would reach); the perplexity of the subtask text."""
+    student.eval()
+    hats, zs, nll, n_words = [], [], 0.0, 0
+    for first in range(0, args.val_samples, args.batch):
+        rows = range(first, min(first + args.batch, args.val_samples))
+        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
+        with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+            z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
+            hat, logits, words = student(batch["first"], batch["instruction"], batch["subtask"])
+        nll += F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum").item()
+        n_words += (words >= 0).sum().item()
+        hats.append(hat.float())
+        zs.append(z.float())
+    student.train()
+    hat, z = torch.cat(hats), torch.cat(zs)
+    _, parts = alignment_loss(hat, z)
+    return {
+        "val_mse": parts["mse"].item(), "val_kl": parts["kl"].item(),
+        "val_mse_mean": F.mse_loss(z.mean(0, keepdim=True).expand_as(z), z).item(),
+        "val_cosine": F.cosine_similarity(hat, z, dim=-1).mean().item(),
+        "val_cosine_shuffled": F.cosine_similarity(hat, z.roll(1, 0), dim=-1).mean().item(),
+        "val_perplexity": math.exp(min(20.0, nll / max(1, n_words))),
+    }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data, sharding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> Windows:
+    """The teacher's windows, and their first frame at the student's resolution."""
+    t = teacher_args
+    views = {"video": View(t.camera, t.frames, t.image_size), "first": View(t.camera, 1, image_size)}
+    seed = args.seed + (1 if split == "train" else 10_001)  # other windows than stage 1 drew
+    return Windows(args.data, views, t.frames - 1, t.hz, seed, args.weights, split, args.val_every, preload=args.preload)
+
+
+def shard(student: Student, teacher: LAM, process: Process) -> None:
+    """FSDP2 for both: every transformer layer is a unit that is gathered when needed, then the rest."""
+    if process.world == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    vlm, frozen = student.vlm, teacher.encoder.vlm
+    for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers]:
+        fully_shard(layer, mp_policy=policy)
+    for layer in [*frozen.vision_tower.encoder.layer, *frozen.language_model.layers]:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(student, mp_policy=policy)
+    fully_shard(teacher.encoder, mp_policy=policy)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, process: Process) -> None:
+    run, kept = common.open_run(args.out, args, process, args.resume)
+    teacher, teacher_args, _ = load_lam(args.lam)
+    teacher = teacher.to(process.device).eval().requires_grad_(False)
+    tokens = (teacher_args.scene_tokens, teacher_args.motion_tokens)
+    student = build(args, tokens, teacher_args.latent_dim, kept).to(process.device)
+    windows = make_windows(args, teacher_args, student.image_size, "train")
+    held_out = make_windows(args, teacher_args, student.image_size, "val")
+    start = 0
+    if kept:
+        start = common.load_meta(kept)["step"]
+        common.load_weights(student, kept)
+    tokenizer = student.tokenizer
+    meta = {"stage": "distill", "args": asdict(args), "student_config": student.config.to_dict(), "tokens": tokens,
+            "latent_dim": teacher_args.latent_dim, "camera": teacher_args.camera, "hz": teacher_args.hz,
+            "statistics": windows.statistics()}  # fmt: skip
+    if process.main:
+        print(windows.summary())
+        print(f"inherited from {args.lam}: {tokens[0]} + {tokens[1]} latent tokens of width {teacher_args.latent_dim}, "
+              f"{teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
+        print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
+              f"commit {common.git_commit()}")  # fmt: skip
+    shard(student, teacher, process)
+    trained = list(student.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    if kept:
+        common.load_optimizer(student, optimizer, kept)
+    log = common.MetricsLog(run, start, args.steps, process, "distill")
+    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers)
+    skipped = 0
+    if start == 0:
+        log.write(0, validate(student, teacher, held_out, args, process))
+
+    for step in range(start, args.steps):
+        began = time.perf_counter()
+        batches = next(data)
+        waited = time.perf_counter() - began
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
+        words = sum(tokenized(tokenizer, b["subtask"]) for b in batches)
+        n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                with torch.no_grad():
+                    z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
+                hat, logits, target = student(batch["first"], batch["instruction"], batch["subtask"])
+                loss, parts = distill_loss(hat, z, logits, target, n_words / args.accumulate, args.lambda_r)
+            (loss / args.accumulate).backward()
+            for k, v in parts.items():
+                totals[k] = totals.get(k, 0) + v / args.accumulate
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if torch.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        elif (skipped := skipped + 1) == 5:
+            raise InputError(f"five steps in a row with a non-finite gradient, the last at step {step}: lower --lr "
+                             f"({args.lr}) or look at the data, and start from the last checkpoint with --resume")
+        optimizer.zero_grad(set_to_none=True)
+        log.bar.update()
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
+            values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
+        if done % args.save_every == 0 or done == args.steps:
+            log.write(done, validate(student, teacher, held_out, args, process))
+            common.save_checkpoint(run, done, student, optimizer, meta, tokenizer, process)
+    log.close()
+    if process.main and process.world == 1:
+        batch = common.to_device(common.collate([held_out[i] for i in range(4)]), process.device)
+        student.eval()
+        for written, true in zip(student.describe(batch["first"], batch["instruction"]), batch["subtask"], strict=True):
+            print(f"subtask written: {written!r}   true: {true!r}")
+    if process.main:
+        print(f"done: {run}")
+    del student, teacher, optimizer, trained  # before the process group goes (see common.teardown)
+
+
+def tokenized(tokenizer: Any, texts: list[str]) -> int:
+    """Tokens that the texts have, each with its end of sentence."""
+    return sum(len(tokenizer(t + tokenizer.eos_token, add_special_tokens=False).input_ids) for t in texts)
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    process = common.setup(args.seed)
+    train(args, process)
+    common.teardown(process)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,445 @@
+"""Stage 3: the action expert (LatBot, arXiv 2511.23034, Sec. 3.3 "Action Expert Finetuning", 4.3, 6.3).
+
+The distilled student knows what is about to happen, but cannot move a robot. Here a smaller Gemma stands beside it,
+layer by layer, reads the student's keys and values, and writes the next H actions in one pass.
+
+    images (B,K,3,H,H), instruction --> student --> keys and values of every layer     [ image | text | latents ]
+                                                      |  |  |  (all of it is visible to the expert)
+    state (B,46), H action queries  --> expert  ------+--+--+--> actions (B,H,44)
+
+                  image  text  latents  state  queries
+        state       1      1      1       1       1
+        queries     1      1      1       1       1        the student's own rows: see distill.py; it never sees these
+
+    L = L_ee + L_gripper        squared error on translation and rotation, cross-entropy on the gripper
+
+    python finetune.py --tiny                                                       a CPU, about a minute
+    python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
+    torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
+
+Reads one LeRobot data set (--data) and a student (--init): a distilled one from stage 2, PaliGemma weights (the
+baseline of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/: args.json,
+metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
+
+Where we depart from the paper, or fill in what it does not say:
+ 1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's
+    losses are a squared error and a cross-entropy, which need no noise.
+ 2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
+    before the policy looks again.
+ 3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
+ 4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
+ 5. What nothing reads in this stage is not trained: the student's latent head, and in its last layer everything behind
+    the keys and values.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+import common
+import distill
+from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError, Normalizer, Process, View, Windows
+from distill import Student, attention_mask
+from lam import action_terms, count, mean_action, valid_counts
+
+# Shapes: B batch, K camera views, L prefix positions, H action steps, W the expert's width.
+
+# The expert beside each student: as deep as it, with its number of key-value heads and head width, but narrower.
+EXPERT_SIZES: dict[str, dict[str, int]] = {
+    "300m": dict(hidden_size=1024, intermediate_size=4096),  # pi0.5's (facts: 18 layers, 8 heads of 256, 1 KV head)
+    "small": dict(hidden_size=192, intermediate_size=512),
+    "tiny": dict(hidden_size=96, intermediate_size=192),
+}
+
+
+@dataclass
+class Args:
+    data: str = "datasets/libero"
+    """LeRobot data set of one robot: PATH, or PATH@MAPPING."""
+    episodes: int = 0
+    """Use only the first so many episodes; 0 for all. (Table 4: 10, 50, all)"""
+    init: str = "runs/paper/distill"
+    """The student: a run of distill.py; PaliGemma (folder or hub name) for the baseline; paligemma-small or
+    paligemma-tiny for random weights. (Sec. 3.3)"""
+    out: str = "runs/paper/finetune"
+    """Run folder: log and checkpoints."""
+    resume: bool = False
+    """Continue the run in `out` from its last checkpoint, bit for bit."""
+    expert: str = "300m"
+    """Size of the action expert: 300m, small or tiny. (pi0.5's)"""
+    cameras: tuple[str, ...] = ("primary", "wrist")
+    """The views that the policy gets, one to three. (Fig. 3: multi-view)"""
+    chunk: int = 16
+    """H, actions predicted at once. (our choice)"""
+    execute: int = 8
+    """Actions executed before the policy looks again. (our choice)"""
+    hz: float = 10.0
+    """Actions per second; faster data are strided. (our choice)"""
+    latents: tuple[int, int] = (64, 64)
+    """Scene and motion queries where --init is no distilled student (one brings its own). (Sec. 4.1)"""
+    augment: bool = False
+    """Shift the training images by up to 6 % and vary brightness and contrast. (our choice)"""
+    batch: int = 8
+    """Windows per GPU and micro-step: 8 x 8 GPUs = 64. (Sec. 4.3)"""
+    accumulate: int = 1
+    """Micro-steps per optimizer step. (our choice)"""
+    steps: int = 60_000
+    """Optimizer steps. (Sec. 4.3)"""
+    lr: float = 5e-5
+    """Peak learning rate. (our choice)"""
+    min_lr: float = 2.5e-6
+    """Learning rate at the last step of the cosine. (Sec. 6.3)"""
+    warmup: int = 1000
+    """Warm-up steps. (our choice)"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas. (Sec. 6.3)"""
+    weight_decay: float = 0.01
+    """AdamW's weight decay. (our choice)"""
+    clip: float = 1.0
+    """Largest norm of the gradient. (our choice)"""
+    val_every: int = 20
+    """One episode in so many is held out for validation; 0 for none. (our choice)"""
+    val_samples: int = 64
+    """Held-out windows measured at each save. (our choice)"""
+    save_every: int = 2000
+    """Steps between checkpoints, each with a validation. (our choice)"""
+    log_every: int = 20
+    """Steps between lines of the log. (our choice)"""
+    workers: int = 8
+    """Decoding processes per GPU. (our choice)"""
+    preload: bool = False
+    """Decode all frames into memory at the start: for data that fit. (our choice)"""
+    seed: int = 0
+    """Seed of the initialisation and the data stream."""
+
+
+TINY = Args(
+    data="data/tiny", init="runs/tiny/distill", out="runs/tiny/finetune", expert="tiny", latents=(8, 8), batch=8, steps=200,
+    lr=1e-3, min_lr=1e-5, warmup=10, val_every=10, val_samples=64, save_every=50, log_every=10, workers=0, preload=True,
+)  # fmt: skip
+SMALL = Args(
+    data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
+    batch=32, steps=3000, lr=5e-4, min_lr=1e-5, warmup=100, val_every=0, save_every=500, log_every=20, workers=0,
+    preload=True,
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class VLA(nn.Module):
+    """The student and its action expert. `forward` works in normalised units; `Policy` speaks metres."""
+
+    def __init__(self, student: Student, expert: str, chunk: int, cameras: int):
+        super().__init__()
+        from transformers import GemmaConfig, GemmaModel
+
+        if expert not in EXPERT_SIZES:
+            raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
+        text = student.config.text_config
+        self.student, self.cameras = student, cameras
+        config = GemmaConfig(
+            **EXPERT_SIZES[expert], num_hidden_layers=text.num_hidden_layers, num_attention_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads, head_dim=text.head_dim, vocab_size=1, pad_token_id=0,
+            rope_parameters=text.rope_parameters, attn_implementation="sdpa",
+        )  # fmt: skip
+        self.expert = GemmaModel._from_config(config, dtype=torch.float32)
+        self.expert.embed_tokens = None  # it reads no words
+        width = config.hidden_size
+        self.state_in = nn.Linear(len(STATE_NAMES), width)
+        self.queries = nn.Parameter(torch.randn(chunk, width) * 0.02 * width**0.5)
+        self.action_out = nn.Linear(width, len(ACTION_NAMES))
+        self.action_norm, self.state_norm = Normalizer(ACTION_NAMES), Normalizer(STATE_NAMES)
+        self.register_buffer("action_mask", torch.ones(len(ACTION_NAMES), dtype=torch.bool))
+        self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
+
+    def freeze_unread(self) -> None:
+        """Excludes from training what no loss of this stage depends on."""
+        last = self.student.vlm.language_model.layers[-1]
+        for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
+                       last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
+            module.requires_grad_(False)
+
+    def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
+        """images uint8 (B, K, 3, H, H), state (B, 46) normalised -> actions (B, H, 44), normalised, gripper columns as
+        logits of being open."""
+        embeds, group, valid, positions = self.student.prefix(images, instructions)
+        cache = self.student.vlm.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
+        ).past_key_values
+        tokens = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
+        seen = F.pad(valid, (0, tokens.shape[1]), value=True)[:, None, None, :]  # all of the prefix, and themselves
+        after = positions[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.expert(
+            inputs_embeds=tokens, past_key_values=cache, position_ids=after, use_cache=True,
+            attention_mask=seen.expand(-1, -1, tokens.shape[1], -1),
+        ).last_hidden_state  # fmt: skip
+        return self.action_out(hidden[:, 1:])
+
+
+def build(args: Args, checkpoint: Path | None = None) -> VLA:
+    """The model: around the student that --init names, or with the architecture of a checkpoint, to be filled."""
+    if checkpoint:
+        meta = common.load_meta(checkpoint)
+        vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
+        student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
+    elif args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
+        vlm, tokenizer = common.load_vlm(args.init)
+        student = Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
+    else:
+        student = distill.load_student(args.init)[0]
+    return VLA(student, args.expert, args.chunk, len(args.cameras))
+
+
+def _hub_name(name: str) -> bool:
+    """owner/model, and no such folder here: "runs/..." always means a run of ours."""
+    return name.count("/") == 1 and not name.startswith(("runs/", ".", "/")) and not Path(name).exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Policy: what evaluate.py and the robot use
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """A fine-tuned model behind physical units. Images go through the same preprocessing as in training."""
+
+    def __init__(self, model: VLA, args: Args, process: Process, name: str):
+        self.model, self.process, self.name = model.to(process.device).eval(), process, name
+        self.cameras, self.chunk, self.execute, self.hz = args.cameras, args.chunk, args.execute, args.hz
+
+    @torch.no_grad()
+    def act(self, images: dict[str, np.ndarray], state: np.ndarray, instruction: Sequence[str]) -> np.ndarray:
+        """images[camera] uint8 (B, H, W, 3), state (B, 46) unified and in physical units, one instruction each.
+
+        Returns actions (B, chunk, 44): unified, metres and radians, gripper columns as probabilities of being open.
+        Raises InputError for missing views, wrong shapes, NaN in the state, or an empty instruction."""
+        missing = [c for c in self.cameras if c not in images]
+        if missing:
+            raise InputError(f"the policy was trained with the views {list(self.cameras)}, {missing} are missing")
+        state = np.asarray(state, np.float32)
+        if state.shape != (len(instruction), len(STATE_NAMES)) or not np.isfinite(state).all():
+            raise InputError(f"state must be finite and ({len(instruction)}, {len(STATE_NAMES)}), got {state.shape}")
+        if not all(s.strip() for s in instruction):
+            raise InputError("an instruction is empty")
+        m, device = self.model, self.process.device
+        pixels = torch.stack([common.prepare_images(images[c], m.student.image_size) for c in self.cameras], 1)
+        norm = m.state_norm.normalize(torch.from_numpy(state).to(device))
+        norm = torch.where(m.state_mask, norm, 0.0)
+        with torch.autocast(device.type, self.process.dtype, enabled=self.process.dtype != torch.float32):
+            out = m(pixels.to(device), norm, list(instruction)).float()
+        actions = m.action_norm.unnormalize(out)
+        actions[..., GRIPPERS] = out[..., GRIPPERS].sigmoid()
+        actions = torch.where(m.action_mask, actions, 0.0)
+        if not torch.isfinite(actions).all():
+            raise InputError(f"{self.name} produced a non-finite action: do not run it on a robot; train it again")
+        return actions.cpu().numpy()
+
+
+def load_policy(path: str | Path) -> Policy:
+    """A fine-tuned policy from a run folder or checkpoint of this stage.
+
+    Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
+    found = common.find_checkpoint(path, "finetune")
+    meta = common.load_meta(found)
+    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    model = build(args, found)
+    common.load_weights(model, found)
+    return Policy(model, args, common.setup(args.seed), str(path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loss (Sec. 3.3)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def policy_loss(actions: Tensor, target: Tensor, mask: Tensor, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = L_ee + L_gripper.  actions (logits for grippers), target, mask: (B, H, 44); counts (2,): the numbers of valid
+    entries that the sums are divided by."""
+    ee, gripper = action_terms(actions, target, mask)
+    ee, gripper = ee / counts[0].clamp(min=1), gripper / counts[1].clamp(min=1)
+    return ee + gripper, {"ee": ee.detach(), "gripper": gripper.detach()}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Process) -> dict[str, float]:
+    """Held-out errors beside that of always predicting the mean action; gripper accuracy; the position error of the
+    commanded step in millimetres, over arms."""
+    model.eval()
+    total = torch.zeros(7, device=process.device)
+    xyz = [ACTION_NAMES.index(f"{s}_{a}") for s in ("left", "right") for a in "xyz"]
+    for first in range(0, args.val_samples, args.batch):
+        rows = range(first, min(first + args.batch, args.val_samples))
+        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
+        with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+            actions = model(views(batch, args), batch["state"], batch["instruction"]).float()
+        target, mask = batch["action"], batch["action_mask"]
+        ee, _ = action_terms(actions, target, mask)
+        baseline, _ = action_terms(mean.to(actions).expand_as(actions), target, mask)
+        right = (((actions > 0) == (target > 0.5)) & mask)[..., GRIPPERS].sum()
+        off = ((actions - target) * mask * windows.action_norms[0].scale.to(actions))[..., xyz].norm(dim=-1)
+        moving = mask[..., xyz].any(-1)
+        total += torch.stack([ee, baseline, right.float(), *valid_counts(mask), (off * moving).sum() * 1e3, moving.sum()])
+    model.train()
+    ee, baseline, right, n, grippers, off, moving = total.tolist()
+    return {"val_ee": ee / max(n, 1), "val_ee_mean": baseline / max(n, 1), "val_gripper_accuracy": right / max(grippers, 1),
+            "val_millimetres": off / max(moving, 1)}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data, sharding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_windows(args: Args, image_size: int, split: str) -> Windows:
+    wanted = {camera: View(camera, 1, image_size) for camera in args.cameras}
+    seed = args.seed + (2 if split == "train" else 10_002)
+    return Windows([args.data], wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all", args.val_every,
+                   args.episodes, args.preload)  # fmt: skip
+
+
+def views(batch: dict, args: Args) -> Tensor:
+    """The batch's images, uint8 (B, K, 3, H, H), in the order of --cameras."""
+    return torch.cat([batch[c] for c in args.cameras], 1)
+
+
+def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
+    """Shifts each view by up to 6 % (edges repeated) and varies brightness and contrast; uint8 (B, K, 3, H, H). What
+    happens to a sample depends on (seed, its number) alone."""
+    b, k, size = images.shape[0], images.shape[1], images.shape[-1]
+    u = torch.special.ndtr(common.noise((k, 4), index, seed, images.device, purpose=3))  # uniform in (0, 1)
+    pad = max(1, round(0.06 * size))
+    flat = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate").view(b, k, 3, size + 2 * pad, -1)
+    gain, bias = 0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)
+    out = torch.empty_like(images)
+    for i in range(b):
+        for j in range(k):
+            y, x = (u[i, j, :2] * (2 * pad + 1)).long().clamp(max=2 * pad).tolist()
+            crop = flat[i, j, :, y : y + size, x : x + size]
+            mid = crop.mean()
+            out[i, j] = ((crop - mid) * gain[i, j] + mid + bias[i, j]).clamp(0, 255).to(torch.uint8)
+    return out
+
+
+def shard(model: VLA, process: Process) -> None:
+    """FSDP2: every transformer layer is a unit that is gathered when needed, then the rest."""
+    if process.world == 1:
+        return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    vlm = model.student.vlm
+    for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers, *model.expert.layers]:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def train(args: Args, process: Process) -> None:
+    if not 1 <= args.execute <= args.chunk:
+        raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
+    run, kept = common.open_run(args.out, args, process, args.resume)
+    model = build(args, kept).to(process.device)
+    size = model.student.image_size
+    windows, held_out = make_windows(args, size, "train"), make_windows(args, size, "val")
+    model.action_norm.load_state_dict(windows.action_norms[0].state_dict())
+    model.state_norm.load_state_dict(windows.state_norms[0].state_dict())
+    sample = windows[0]
+    model.action_mask.copy_(torch.tensor([n in windows.readers[0].action_names for n in ACTION_NAMES]))
+    model.state_mask.copy_(sample["state_mask"])
+    model.freeze_unread()
+    start = 0
+    if kept:
+        start = common.load_meta(kept)["step"]
+        common.load_weights(model, kept)
+    tokenizer = model.student.tokenizer
+    meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
+            "tokens": model.student.tokens, "latent_dim": model.student.head.out_features,
+            "statistics": windows.statistics()}  # fmt: skip
+    if process.main:
+        print(windows.summary())
+        print(f"parameters: student {count(model.student):.2f} M from {args.init}, expert {count(model.expert):.2f} M, "
+              f"trained {count(model, trained=True):.2f} M; commit {common.git_commit()}")  # fmt: skip
+    shard(model, process)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    if kept:
+        common.load_optimizer(model, optimizer, kept)
+    mean = mean_action(windows)
+    log = common.MetricsLog(run, start, args.steps, process, "finetune")
+    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers)
+    skipped = 0
+    if start == 0:
+        log.write(0, validate(model, held_out, mean, args, process))
+
+    for step in range(start, args.steps):
+        began = time.perf_counter()
+        batches = next(data)
+        waited = time.perf_counter() - began
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        # As in lam.py: each rank's share of the global count makes the loss a mean over all valid entries.
+        counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)) / process.world
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            images = views(batch, args)
+            if args.augment:
+                images = augment(images, batch["index"], args.seed)
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                actions = model(images, batch["state"], batch["instruction"])
+                loss, parts = policy_loss(actions, batch["action"], batch["action_mask"], counts)
+            loss.backward()
+            for k, v in parts.items():
+                totals[k] = totals.get(k, 0) + v
+        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if torch.isfinite(norm):
+            optimizer.step()
+            skipped = 0
+        elif (skipped := skipped + 1) == 5:
+            raise InputError(f"five steps in a row with a non-finite gradient, the last at step {step}: lower --lr "
+                             f"({args.lr}) or look at the data, and start from the last checkpoint with --resume")
+        optimizer.zero_grad(set_to_none=True)
+        log.bar.update()
+
+        done = step + 1
+        if done % args.log_every == 0 or done == args.steps:
+            values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
+            values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
+        if done % args.save_every == 0 or done == args.steps:
+            log.write(done, validate(model, held_out, mean, args, process))
+            common.save_checkpoint(run, done, model, optimizer, meta, tokenizer, process)
+    log.close()
+    if process.main:
+        print(f"done: {run}")
+    del model, optimizer, trained  # before the process group goes (see common.teardown)
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    process = common.setup(args.seed)
+    train(args, process)
+    common.teardown(process)
+
+
+if __name__ == "__main__":
+    common.run_main(main)

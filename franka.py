@@ -1,0 +1,1226 @@
+"""Stage 5: the robot. A Franka Research 3 in MuJoCo, the paper's five tasks (Sec. 4.4), a recorder, a policy runner.
+
+    observe: cameras (H, W, 3) x 2 + state (8,) --> policy or scripted expert --> action (7,) --> step: 0.1 s of physics
+
+    python franka.py --task pick_cup                      # 10 trials with the best fine-tuned policy present
+    python franka.py --task pot_oven --policy expert      # the scripted expert shows the task
+    python franka.py --record 100 --task all --out runs/demos   # 100 demonstrations a task, as a LeRobot data set
+
+Reads: a policy of finetune.py (`--policy PATH`). Writes: `<out>/<task>/results.json` (one entry a trial) and
+`video.mp4`; or, with --record, a LeRobot v3.0 data set.
+
+Conventions (golden tests in tests/test_franka.py):
+- Tool frame: its origin lies between the fingertips, and its axes are the base's axes when the gripper points down (x
+  forward, y left, z up): the hand's own frame turned half around x. So quaternions stay near (0, 0, 0, 1), away from
+  w = 0, where the canonical sign would flip.
+- Action (7,) = common.ARM_ACTION: move the tool by dp (metres, base frame) and by extrinsic xyz Euler angles (radians,
+  base frame) from the pose measured *now*; gripper 1 opens, 0 closes.
+- State (8,) = common.ARM_STATE: position, quaternion xyzw with w >= 0, opening in [0, 1].
+
+Where we depart from the paper, or fill in what it does not say:
+1. The paper's robot is real, with human demonstrations. Here both are simulated: scenes of primitives with the idea
+   of each task kept, demonstrations by scripted experts that act through the same `Robot.step` as a policy.
+2. Ten control ticks a second. The arm servo gets a velocity feed-forward, so that the tool arrives at its target by
+   the end of the tick: action[t] is then also the change of pose from t to t+1.
+3. Placements depend on SeedSequence([seed, task, trial]) alone, so every policy meets the same ones. Evaluation has
+   seed 0, demonstrations seed 1 or above, never shared.
+4. Demonstrations contain disturbances: for some ticks the executed target is pushed off, while the recorded action
+   stays the expert's. The policy sees how to come back.
+"""
+
+import atexit
+import dataclasses
+import importlib.util
+import json
+import multiprocessing
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+
+import common
+from common import ARM_ACTION, ARM_STATE, InputError
+
+HZ = 10  # control ticks a second (our choice)
+PHYSICS_DT = 0.004  # s
+SUBSTEPS = round(1 / HZ / PHYSICS_DT)
+JOINT_SPEED = 2.0  # rad/s
+MAX_OPENING = 0.08  # m between the fingertips
+HOME = np.array([0.0, -0.35, 0.0, -2.3, 0.0, 1.95, 0.785])  # rad, pointing down above the table
+# Pull towards HOME in the null space. Joint 3 needs it most: it and joint 1 are nearly parallel above a table, and the
+# elbow would wander off sideways.
+POSTURE = np.array([0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02])
+DOWN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion of a tool that points down
+OPEN, CLOSED = 1.0, 0.0
+GL_HELP = "install a headless GL library: `apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
+
+# --------------------------------------------------------------------------------------------------------------------
+# Args
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    task: str = "pick_cup"
+    """One of the five tasks (Sec. 4.4): pick_cup, block_slot, close_oven, dip_brush, pot_oven; with --record also
+    `all`."""
+    policy: str = ""
+    """Folder of a policy trained by finetune.py, or `expert`. Empty: the best one present in runs/, else the expert
+    (our choice)."""
+    trials: int = 10
+    """Trials to run (Sec. 4.4: 10 a task)."""
+    first_trial: int = 0
+    """Number of the first trial; the trial's number and the seed fix the placement (our choice)."""
+    seed: int | None = None
+    """Seed of the placements. None: 0 for trials, 1 for demonstrations; --record refuses 0 (our choice)."""
+    seconds: float = 0.0
+    """Time limit of a trial, in simulated seconds. 0: the task's own, over twice what the expert takes (our choice)."""
+    image_size: int = 128
+    """Height and width of both camera pictures, in pixels (our choice)."""
+    look: Literal["capsule", "mesh"] = "capsule"
+    """How the arm is drawn: capsules (fast), or the real meshes with shadows (our choice)."""
+    variation: bool = False
+    """Vary light, cameras and the table's colour mildly, and add distractor objects (our choice)."""
+    record: int = 0
+    """Record that many successful demonstrations of each task instead of running trials (Sec. 4.4: 100 a task)."""
+    workers: int = 2
+    """Processes that simulate and render while recording; the data set does not depend on it (our choice)."""
+    out: str = "runs/franka"
+    """Where to write: trials into <out>/<task>; a recording into <out> itself, or <out>/demos if --out is not given."""
+    resume: bool = False
+    """Go on in a folder that already holds results or episodes (our choice)."""
+
+
+TINY = Args(trials=2, seconds=6, image_size=64, out="runs/tiny/franka")
+SMALL = Args(image_size=64, out="runs/small/franka")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rendering
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Cameras:
+    """Renders named cameras of a model side by side into one offscreen buffer: one read-back for all of them.
+
+    Makes its own GL context (EGL, else OSMesa), so nothing depends on MUJOCO_GL having been set before an import.
+    Raises InputError when there is no GL library."""
+
+    def __init__(self, model, names: tuple[str, ...], size: int, shadows: bool = False):
+        import mujoco
+
+        self.mj, self.model, self.size = mujoco, model, size
+        self.ids = {name: model.camera(name).id for name in names}
+        self.context = _gl_context(len(names) * size, size)
+        self.context.make_current()
+        self.scene = mujoco.MjvScene(model, maxgeom=1000)
+        flags = self.scene.flags
+        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+        for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE, mujoco.mjtRndFlag.mjRND_SKYBOX):
+            flags[flag] = 0
+        self.option, self.perturb, self.camera = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self.gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
+        self.close = weakref.finalize(self, _free_gl, self.gl, self.context)
+        atexit.register(self.close)  # after EGL's own exit handler, i.e. called before it
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.gl)
+        self.pixels = np.zeros((size, len(names) * size, 3), np.uint8)
+
+    def render(self, data) -> dict[str, np.ndarray]:
+        """Camera name -> uint8 (size, size, 3)."""
+        mj, size = self.mj, self.size
+        self.context.make_current()
+        for i, camera in enumerate(self.ids.values()):
+            self.camera.fixedcamid = camera
+            if i == 0:  # the geoms are the same for every camera
+                every = mj.mjtCatBit.mjCAT_ALL
+                mj.mjv_updateScene(self.model, data, self.option, self.perturb, self.camera, every, self.scene)
+            else:
+                mj.mjv_updateCamera(self.model, data, self.camera, self.scene)
+            mj.mjr_render(mj.MjrRect(i * size, 0, size, size), self.scene, self.gl)
+        mj.mjr_readPixels(self.pixels, None, mj.MjrRect(0, 0, len(self.ids) * size, size), self.gl)
+        flipped = self.pixels[::-1]
+        return {name: flipped[:, i * size : (i + 1) * size].copy() for i, name in enumerate(self.ids)}
+
+
+
+def _free_gl(gl, context) -> None:
+    context.make_current()
+    gl.free()
+    context.free()
+
+
+def _gl_context(width: int, height: int):
+    """An offscreen GL context: what MUJOCO_GL asks for, else EGL, else OSMesa. Raises InputError if none works."""
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
+    errors = []
+    for backend in [wanted] if wanted in ("egl", "osmesa") else ["egl", "osmesa"]:
+        try:
+            return importlib.import_module(f"mujoco.{backend}").GLContext(width, height)
+        except Exception as error:  # a missing library shows as any of six exception types, from ctypes to PyOpenGL
+            errors.append(f"{backend}: {type(error).__name__}")
+            os.environ.pop("PYOPENGL_PLATFORM", None)  # set by the failed import; the next backend needs another
+    raise InputError(f"no GL library to render with ({', '.join(errors)}): {GL_HELP}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The robot
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Observation:
+    """What a policy sees. images: "primary" and "wrist", uint8 (H, W, 3) (none where rendering is off);
+    state: float32 (8,), the columns of common.ARM_STATE."""
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+
+
+class Robot(Protocol):
+    """A robot arm with a gripper, simulated or real, driven by ten relative actions a second."""
+
+    instruction: str
+
+    def reset(self, trial: int, seed: int = 0) -> Observation: ...
+
+    def observe(self) -> Observation: ...
+
+    def step(self, action: np.ndarray) -> Observation: ...
+
+    def close(self) -> None: ...
+
+
+class Command(NamedTuple):
+    """What an expert wants of one tick: a tool pose in the base frame, the gripper, the text of the phase, and whether
+    the tool is in free space, where the recorder may disturb it."""
+
+    position: np.ndarray
+    quaternion: np.ndarray
+    gripper: float
+    phase: str
+    free: bool
+
+
+class SimFranka:
+    """A Franka Research 3 with its hand in MuJoCo, in front of one of the five tasks. Implements Robot.
+
+    image_size 0 renders nothing (Observation.images is empty), which is how experts are checked quickly."""
+
+    def __init__(self, task: str, image_size: int = 64, look: str = "capsule", variation: bool = False):
+        import mujoco
+
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+        if image_size and not 16 <= image_size <= 1024:
+            raise InputError(f"image size {image_size}: must lie between 16 and 1024 pixels")
+        self.mj, self.task, self.variation = mujoco, TASKS[task](), variation
+        spec = _arm(look)
+        spec.visual.global_.offwidth, spec.visual.global_.offheight = max(2 * image_size, 16), max(image_size, 16)
+        spec.visual.quality.offsamples = 0 if image_size <= 128 and look == "capsule" else 4
+        spec.visual.quality.shadowsize = 1024 if look == "mesh" else 0  # the default of 4096 is 7 times slower on a CPU
+        self.task.build(spec.worldbody, spec)
+        for i in range(3):
+            body = spec.worldbody.add_body(name=f"distractor{i}", pos=(0, 0, -1 - i))
+            kind, size = [("box", (0.02, 0.03, 0.015)), ("cylinder", (0.02, 0.02)), ("sphere", (0.022,))][i]
+            _geom(body, kind, size, rgba=(0.5, 0.5, 0.5, 1), name=f"distractor{i}")
+        camera, aim = self.task.camera
+        spec.worldbody.add_camera(name="primary", pos=camera, quat=_look_at(camera, aim), fovy=37)
+        self.model = spec.compile()
+        self.data, self.scratch = mujoco.MjData(self.model), mujoco.MjData(self.model)
+        self.tool = self.model.site("tool").id
+        self.owners, self.known_contacts = self._owners(), {}
+        self.default = {k: getattr(self.model, k).copy() for k in ("cam_pos", "cam_quat", "light_dir", "light_diffuse")}
+        self.table = self.model.geom("table").id
+        self.jacobian = np.zeros((6, self.model.nv))
+        self.cameras = None
+        if image_size:
+            self.cameras = Cameras(self.model, ("primary", "wrist"), image_size, shadows=look == "mesh")
+        self.instruction, self.seconds = "", 0.0
+
+    # ---- Robot ----
+
+    def reset(self, trial: int, seed: int = 0) -> Observation:
+        """Places everything anew: a function of (seed, task, trial) alone. Raises InputError for negative numbers."""
+        if trial < 0 or seed < 0:
+            raise InputError(f"trial {trial}, seed {seed}: neither may be negative")
+        mj, model, data = self.mj, self.model, self.data
+        entropy = [seed, list(TASKS).index(self.task.name), trial]
+        rng = np.random.default_rng(np.random.SeedSequence(entropy))
+        for _ in range(200):
+            mj.mj_resetData(model, data)
+            start = np.array([0.42, 0.0, 0.28]) + rng.uniform(-0.03, 0.03, 3)
+            data.qpos[:7] = self.joints = self._solve(start, _quat(yaw=rng.uniform(-0.1, 0.1)), HOME, limit=np.inf)
+            data.qpos[7:9] = MAX_OPENING / 2
+            self.task.place(self, rng)
+            self._vary(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(1,))))
+            mj.mj_forward(model, data)
+            # Only the table may touch anything at the start.
+            if all("table" in pair for pair in self.contacts()):
+                break
+        else:
+            raise RuntimeError(f"no placement without contact for {self.task.name}, seed {seed}, trial {trial}")
+        data.ctrl[:7], data.ctrl[7] = self.joints, MAX_OPENING / 2
+        mj.mj_step(model, data, SUBSTEPS)  # objects come to rest
+        self.instruction, self.seconds, self.touched = self.task.instruction, 0.0, set()
+        self.task.begin(self)
+        return self.observe()
+
+    def observe(self) -> Observation:
+        position, quaternion = self.pose()
+        opening = np.clip(self.data.qpos[7:9].sum() / MAX_OPENING, 0, 1)
+        state = np.concatenate([position, quaternion, [opening]]).astype(np.float32)
+        return Observation(self.cameras.render(self.data) if self.cameras else {}, state)
+
+    def step(self, action: np.ndarray) -> Observation:
+        """One tick: action (7,) in common.ARM_ACTION, from the pose measured now. Raises ValueError unless finite."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action must be 7 finite numbers, got {action}")
+        self.drive(*common.apply_action(*self.pose(), action[:6]), action[6])
+        return self.observe()
+
+    def close(self) -> None:
+        if self.cameras:
+            self.cameras.close()
+            self.cameras = None
+
+    # ---- Control ----
+
+    def pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,) with w >= 0."""
+        quat = np.empty(4)
+        self.mj.mju_mat2Quat(quat, self.data.site_xmat[self.tool])
+        return self.data.site_xpos[self.tool].copy(), (quat if quat[0] >= 0 else -quat)[[1, 2, 3, 0]]
+
+    def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
+        """Drives the tool to a pose within one tick, as far as the joints' speed allows."""
+        before, data = self.joints, self.data
+        self.joints = self._solve(position, quaternion, before, limit=JOINT_SPEED / HZ)
+        change = self.joints - before
+        data.ctrl[7] = MAX_OPENING / 2 if gripper > 0.5 else 0.0
+        for i in range(SUBSTEPS):
+            # The servo's damping (kv/kp = 0.1 s) would make the arm trail by a tick: feeding the velocity forward, i.e.
+            # leading the position by one tick, removes the lag.
+            data.ctrl[:7] = before + change * ((i + 1) / SUBSTEPS + 1)
+            self.mj.mj_step(self.model, data)
+            if self.task.watch:
+                self.touched |= self.contacts()
+        self.seconds += 1 / HZ
+
+    def _solve(self, position, quaternion, joints, limit: float) -> np.ndarray:
+        """Inverse kinematics by damped least squares, started from `joints` (7,), with a pull to HOME in the null space. No joint moves by more than `limit` (rad); the direction in joint space is kept."""
+        mj, model, data, start = self.mj, self.model, self.scratch, np.array(joints)
+        low, high = model.jnt_range[:7].T
+        q, target = start.copy(), np.empty(4)
+        target[:] = quaternion[3], *quaternion[:3]
+        here, error = np.empty(4), np.empty(6)
+        for _ in range(40 if limit == np.inf else 12):
+            data.qpos[:7] = q
+            mj.mj_kinematics(model, data)
+            mj.mj_comPos(model, data)
+            error[:3] = position - data.site_xpos[self.tool]
+            mj.mju_mat2Quat(here, data.site_xmat[self.tool])
+            mj.mju_subQuat(error[3:], target, here)
+            error[3:] = data.site_xmat[self.tool].reshape(3, 3) @ error[3:]  # subQuat answers in the tool's own frame
+            if np.abs(error).max() < 1e-4:
+                break
+            mj.mj_jacSite(model, data, self.jacobian[:3], self.jacobian[3:], self.tool)
+            jac = self.jacobian[:, :7]
+            inverse = jac.T @ np.linalg.inv(jac @ jac.T + 1e-4 * np.eye(6))
+            move = inverse @ error + (np.eye(7) - inverse @ jac) @ (POSTURE * (HOME - q))
+            q = np.clip(q + np.clip(move, -0.3, 0.3), low, high)
+        change = q - start
+        return start + change * min(1.0, limit / max(np.abs(change).max(), 1e-9))
+
+    # ---- What tasks and experts may look at ----
+
+    def place(self, body: str, position, yaw: float = 0.0) -> None:
+        """Puts a free body, or a fixed one, at a position (x, y[, z]) with a yaw angle."""
+        position = np.array([*position, 0.0][:3])
+        quat = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+        ref = self.model.body(body)
+        if ref.dofnum[0] == 6:
+            address = self.model.jnt_qposadr[ref.jntadr[0]]
+            self.data.qpos[address : address + 7] = *position, *quat
+        else:
+            ref.pos[:], ref.quat[:] = position, quat
+
+    def where(self, body: str) -> tuple[np.ndarray, Rotation]:
+        """A body's pose in the base frame."""
+        ref = self.data.body(body)
+        return ref.xpos.copy(), Rotation.from_quat(ref.xquat[[1, 2, 3, 0]])
+
+    def contacts(self) -> set[tuple[str, str]]:
+        """Pairs of things in touch, each sorted: names of bodies that stand in the world, "robot" (also for fingers),
+        "left_finger", "right_finger", "table"."""
+        key = self.data.contact.geom.tobytes()
+        if key not in self.known_contacts:  # they rarely change between physics steps
+            if len(self.known_contacts) > 10_000:
+                self.known_contacts.clear()
+            geoms = self.data.contact.geom.tolist()
+            both = {(x, y) for a, b in geoms for x in self.owners[a] for y in self.owners[b] if x != y}
+            self.known_contacts[key] = {tuple(sorted(pair)) for pair in both}
+        return self.known_contacts[key]
+
+    def touching(self, a: str, b: str) -> bool:
+        return ((a, b) if a < b else (b, a)) in self.contacts()
+
+    def held(self, body: str) -> bool:
+        """Whether both fingers touch the body."""
+        return self.touching(body, "left_finger") and self.touching(body, "right_finger")
+
+    def released(self, body: str) -> bool:
+        """Whether the gripper is told to open and no part of the robot touches the body."""
+        return self.data.ctrl[7] > 0 and not self.touching(body, "robot")
+
+    def _owners(self) -> list[tuple[str, ...]]:
+        model, owners = self.model, []
+        for geom in range(model.ngeom):
+            body = model.geom_bodyid[geom]
+            name, root = model.body(body).name, model.body(model.body_rootid[body]).name
+            if body == 0:
+                owners.append(("table",))
+            elif root == "base":
+                owners.append(("robot", name) if name.endswith("finger") else ("robot",))
+            else:
+                owners.append((root,))
+        return owners
+
+    def _vary(self, rng: np.random.Generator) -> None:
+        """Mild variation of light, cameras and table, and distractors, from a stream that leaves placements alone."""
+        for key, value in self.default.items():
+            getattr(self.model, key)[:] = value
+        self.model.geom_rgba[self.table] = TABLE_COLOUR
+        for i in range(3):
+            self.place(f"distractor{i}", (0, 0, -1 - i))
+        if not self.variation:
+            return
+        model = self.model
+        model.light_dir[0] += rng.uniform(-0.25, 0.25, 3)
+        model.light_diffuse[0] *= rng.uniform(0.7, 1.25)
+        model.geom_rgba[self.table, :3] += rng.uniform(-0.08, 0.08, 3)
+        for camera in range(model.ncam):
+            model.cam_pos[camera] += rng.uniform(-0.012, 0.012, 3)
+            model.cam_quat[camera] += rng.uniform(-0.008, 0.008, 4)
+            model.cam_quat[camera] /= np.linalg.norm(model.cam_quat[camera])
+        for i in range(rng.integers(0, 4)):
+            self.mj.mj_forward(model, self.data)
+            height = model.geom(f"distractor{i}").size[1 if i == 1 else 2 if i == 0 else 0]
+            model.geom(f"distractor{i}").rgba[:3] = rng.uniform(0.15, 0.85, 3)
+            for _ in range(20):
+                self.place(f"distractor{i}", (rng.uniform(0.3, 0.75), rng.uniform(-0.4, 0.4), height))
+                self.mj.mj_kinematics(model, self.data)
+                if self._clearance(f"distractor{i}") > 0.1:
+                    break
+            else:
+                self.place(f"distractor{i}", (0, 0, -1 - i))
+
+    def _clearance(self, name: str) -> float:
+        """Horizontal distance (m) from a thing's centre to the nearest bounding sphere of another near the table."""
+        geom, model, data = self.model.geom(name).id, self.model, self.data
+        other = (np.arange(model.ngeom) != geom) & (data.geom_xpos[:, 2] > -0.2) & (data.geom_xpos[:, 2] < 0.3)
+        other[self.table] = False
+        apart = np.linalg.norm(data.geom_xpos[other, :2] - data.geom_xpos[geom, :2], axis=1)
+        return float((apart - model.geom_rbound[other]).min())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The scene: arm, table, light
+# --------------------------------------------------------------------------------------------------------------------
+
+TABLE_COLOUR = (0.62, 0.52, 0.42, 1)
+# The capsule look: link -> (from, to, radius), in the link's frame (m).
+CAPSULES = {
+    "fr3_link0": [((-0.06, 0, 0.03), (0, 0, 0.14), 0.07)],
+    "fr3_link1": [((0, 0, -0.19), (0, 0, 0), 0.062)],
+    "fr3_link2": [((0, 0, 0), (0, -0.19, 0), 0.06)],
+    "fr3_link3": [((0, 0, -0.13), (0, 0, -0.02), 0.058), ((0, 0, 0), (0.0825, 0, 0), 0.055)],
+    "fr3_link4": [((0, 0, 0), (-0.0825, 0.1, 0), 0.056)],
+    "fr3_link5": [((0, 0, -0.28), (0, 0, -0.02), 0.055)],
+    "fr3_link6": [((0, 0, 0), (0.088, 0, 0), 0.05)],
+    "fr3_link7": [((0, 0, 0), (0, 0, 0.085), 0.045)],
+}
+
+
+def _arm(look: str):
+    """MjSpec of the FR3 with its hand (from the franky-sim wheel), servos and contacts as they need to be, a `tool`
+    site, the wrist camera, the table and the light. Raises InputError when franky-sim is not installed."""
+    import mujoco
+
+    found = importlib.util.find_spec("franky_sim")
+    if found is None:
+        raise InputError("the robot's model comes with franky-sim, which is not installed: `pip install franky-sim`")
+    assets = Path(found.submodule_search_locations[0]) / "assets"
+    spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
+    spec.meshdir = str(assets / "meshes")
+    spec.option.timestep, spec.option.integrator = PHYSICS_DT, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
+    for key in list(spec.keys):
+        spec.delete(key)
+    for body in spec.bodies:
+        if body.name not in ("world", "base"):
+            body.gravcomp = 1
+        for geom in list(body.geoms):
+            if geom.classname.name == "visual":
+                if look == "capsule":
+                    spec.delete(geom)
+            else:
+                _grip(geom)
+        for start, end, radius in CAPSULES.get(body.name, []) if look == "capsule" else []:
+            body.add_geom(
+                type=mujoco.mjtGeom.mjGEOM_CAPSULE, fromto=[*start, *end], size=(radius, 0, 0),
+                rgba=(0.9, 0.9, 0.92, 1), contype=0, conaffinity=0, mass=0, group=2,
+            )  # fmt: skip
+    hand = spec.body("hand")
+    if look == "capsule":
+        used = {geom.meshname for geom in spec.geoms}
+        for mesh in list(spec.meshes):  # 135,000 triangles that nobody draws
+            if mesh.name not in used:
+                spec.delete(mesh)
+        _geom(hand, "box", (0.03, 0.1, 0.033), (0, 0, 0.034), (0.3, 0.32, 0.36, 1), visual=True)
+        for finger in ("left_finger", "right_finger"):
+            pad = spec.body(finger)
+            _geom(pad, "box", (0.0105, 0.007, 0.026), (0, 0.0085, 0.027), (0.12, 0.12, 0.14, 1), visual=True)
+    hand.add_site(name="tool", pos=(0, 0, 0.1034), quat=(0, 1, 0, 0))
+    eye = np.array([-0.1, 0, 0.045])
+    hand.add_camera(name="wrist", pos=eye, quat=_look_at(eye, (0, 0, 0.13), up=(1, 0, 0)), fovy=72)
+    grip = spec.actuator("hand")  # the shipped kp of 100 N/m lets everything slip
+    grip.inheritrange = 0
+    grip.ctrlrange, grip.forcerange = (0, MAX_OPENING / 2), (-140, 140)
+    grip.gainprm[:1], grip.biasprm[:3] = [2000], [0, -2000, -100]
+    world = spec.worldbody
+    _geom(world, "plane", (4, 4, 0.1), rgba=TABLE_COLOUR, name="table")
+    light = world.add_light(pos=(0.6, -0.6, 2), dir=(-0.15, 0.3, -1), diffuse=(0.5, 0.5, 0.5), specular=(0.1, 0.1, 0.1))
+    light.type, light.castshadow = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, look == "mesh"
+    spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45, 0.45, 0.45), (0.2, 0.2, 0.2)
+    spec.visual.headlight.specular = (0, 0, 0)
+    spec.stat.extent, spec.visual.map.znear, spec.visual.map.zfar = 1, 0.01, 10  # the wrist camera looks from near
+    return spec
+
+
+def _grip(geom) -> None:
+    """Contact settings that hold what is gripped: without torsional friction (condim 4) a pot turns in the fingers."""
+    geom.condim, geom.friction, geom.solref, geom.solimp[:3] = 4, (1, 0.02, 0.0005), (0.01, 1), (0.95, 0.99, 0.001)
+
+
+def _geom(body, kind: str, size, pos=(0, 0, 0), rgba=(0.5, 0.5, 0.5, 1), mass=0.0, yaw=0.0, visual=False, name=""):
+    """Adds one primitive; visual ones touch nothing."""
+    import mujoco
+
+    geom = body.add_geom(
+        type=getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}"), size=[*size, 0, 0][:3], pos=pos, rgba=rgba, mass=mass,
+        quat=(np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)), name=name, group=1,
+    )  # fmt: skip
+    _grip(geom)
+    if visual:
+        geom.contype = geom.conaffinity = 0
+    return geom
+
+
+def _free(world, name: str):
+    body = world.add_body(name=name)
+    body.add_freejoint()
+    return body
+
+
+def _look_at(eye, aim, up=(0, 0, 1)) -> np.ndarray:
+    """Quaternion wxyz of a camera (which looks along its -z, with y up) at `eye` that looks at `aim`."""
+    back = np.subtract(eye, aim) / np.linalg.norm(np.subtract(eye, aim))
+    right = np.cross(up, back) / np.linalg.norm(np.cross(up, back))
+    quat = Rotation.from_matrix(np.stack([right, np.cross(back, right), back], 1)).as_quat()
+    return quat[[3, 0, 1, 2]]
+
+
+def _quat(yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
+    """Quaternion xyzw of a tool that points down, pitched (positive: the front goes down), then turned by yaw."""
+    return Rotation.from_euler("xyz", [0, pitch, yaw]).as_quat(canonical=True)
+
+
+def _turned(yaw: float) -> Rotation:
+    return Rotation.from_euler("z", yaw)
+
+
+def _fold(yaw: float, period: float = np.pi) -> float:
+    """The equivalent angle nearest to zero of something that looks the same after `period`."""
+    return (yaw + period / 2) % period - period / 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The experts' vocabulary
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def reach(
+    sim, position, quaternion, gripper, phase, speed=0.25, tolerance=0.003, free=True, ticks=80
+) -> Iterator[Command]:  # fmt: skip
+    """Moves the tool straight towards a pose at limited speed (m/s; a radian counts as 0.2 m), from wherever it is
+    measured each tick, until it is there: disturbances are corrected by themselves."""
+    for _ in range(ticks):
+        here, turned = sim.pose()
+        delta = np.subtract(position, here)
+        turn = Rotation.from_quat(quaternion) * Rotation.from_quat(turned).inv()
+        length = max(np.linalg.norm(delta), 0.2 * turn.magnitude())
+        if length < tolerance:
+            return
+        part = min(1.0, speed / HZ / length)
+        nearer = Rotation.from_rotvec(part * turn.as_rotvec()) * Rotation.from_quat(turned)
+        yield Command(here + part * delta, nearer.as_quat(canonical=True), gripper, phase, free)
+
+
+def hold(sim, gripper, phase, ticks) -> Iterator[Command]:
+    """Keeps the pose it finds, while the gripper opens or closes."""
+    position, quaternion = sim.pose()
+    for _ in range(ticks):
+        yield Command(position, quaternion, gripper, phase, False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The five tasks (Sec. 4.4)
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Task:
+    """A scene, a placement sampler, a success predicate and a scripted expert.
+
+    build: adds the objects. place: puts them somewhere at random. begin: remembers what `check` needs.
+    check, after each tick: (True, "") = success; (False, reason) = lost for good; (None, reason) = not yet, with what
+    would be reported if time ran out now. expert: the commands that solve it, tick by tick."""
+
+    name = ""
+    limit = 10.0  # s
+    watch = False  # whether contacts are collected at every physics step, in sim.touched
+    camera = ((1.0, -0.4, 0.5), (0.46, 0.0, 0.12))  # primary camera: where it stands, where it looks
+    instruction = ""
+
+    def build(self, world, spec) -> None: ...
+
+    def place(self, sim: SimFranka, rng: np.random.Generator) -> None: ...
+
+    def begin(self, sim: SimFranka) -> None:
+        self.ticks = 0
+
+    def lasting(self, state: bool, seconds: float) -> bool:
+        """Whether a state has held for so long; to be called once a tick."""
+        self.ticks = self.ticks + 1 if state else 0
+        return self.ticks >= seconds * HZ
+
+    def check(self, sim: SimFranka) -> tuple[bool | None, str]: ...
+
+    def expert(self, sim: SimFranka) -> Iterator[Command]: ...
+
+
+class PickCup(Task):
+    """Task 1, colour discrimination: a red and a blue cup, one of them named in the instruction."""
+
+    name, limit = "pick_cup", 10.0
+    colours = {"red": (0.85, 0.1, 0.1, 1), "blue": (0.1, 0.25, 0.85, 1)}
+
+    def build(self, world, spec):
+        for colour, rgba in self.colours.items():
+            cup = _free(world, colour)
+            _geom(cup, "cylinder", (0.032, 0.045), rgba=rgba, mass=0.12)
+            _geom(cup, "cylinder", (0.027, 0.002), (0, 0, 0.0445), (0.2, 0.15, 0.12, 1), visual=True)
+
+    def place(self, sim, rng):
+        self.target, self.other = ("red", "blue") if rng.random() < 0.5 else ("blue", "red")
+        self.instruction = f"pick up the {self.target} cup"
+        while True:
+            xy = rng.uniform((0.4, -0.2), (0.62, 0.2), (2, 2))
+            if np.linalg.norm(xy[0] - xy[1]) > 0.13:
+                break
+        for cup, spot in zip((self.target, self.other), xy, strict=True):
+            sim.place(cup, (*spot, 0.045))
+
+    def begin(self, sim):
+        super().begin(sim)
+        self.start = {cup: sim.where(cup)[0] for cup in self.colours}
+
+    def check(self, sim):
+        if np.linalg.norm(sim.where(self.other)[0] - self.start[self.other]) > 0.015:
+            return False, f"the {self.other} cup was moved"
+        lifted = sim.where(self.target)[0][2] - self.start[self.target][2] > 0.1
+        if self.lasting(lifted and sim.held(self.target), 0.5):
+            return True, ""
+        return None, f"the {self.target} cup was not held 10 cm up for 0.5 s"
+
+    def expert(self, sim):
+        cup = f"the {self.target} cup"
+        spot = sim.where(self.target)[0]
+        above, grasp = spot + (0, 0, 0.13), spot + (0, 0, 0.01)
+        yield from reach(sim, above, DOWN, OPEN, f"move above {cup}", tolerance=0.008)
+        yield from reach(sim, grasp, DOWN, OPEN, f"lower the open gripper around {cup}", 0.2, free=False)
+        yield from hold(sim, CLOSED, f"close the gripper around {cup}", 6)
+        yield from reach(sim, spot + (0, 0, 0.16), DOWN, CLOSED, f"lift {cup}", 0.2, free=False)
+        yield from hold(sim, CLOSED, f"hold {cup} up", 20)
+
+
+class BlockSlot(Task):
+    """Task 2: a block into the slot of its shape, 4 mm wider on each side."""
+
+    name, limit = "block_slot", 16.0
+    instruction = "put the block into the slot"
+    half = np.array([0.025, 0.017, 0.03])  # m; the gripper closes along y
+    gap, wall, height = 0.004, 0.015, 0.03
+
+    def build(self, world, spec):
+        block = _free(world, "block")
+        _geom(block, "box", self.half, rgba=(0.95, 0.75, 0.1, 1), mass=0.08)
+        board = world.add_body(name="board")
+        (x, y), w, z = self.half[:2] + self.gap, self.wall, self.height / 2
+        for sign in (-1, 1):
+            _geom(board, "box", (w, y + 2 * w, z), (sign * (x + w), 0, z), (0.15, 0.5, 0.3, 1))
+            _geom(board, "box", (x, w, z), (0, sign * (y + w), z), (0.15, 0.5, 0.3, 1))
+        _geom(board, "box", (x, y, 0.0005), (0, 0, 0.0005), (0.08, 0.1, 0.08, 1), visual=True)
+
+    def place(self, sim, rng):
+        sim.place("block", (*rng.uniform((0.42, -0.22), (0.56, -0.08)), self.half[2]), rng.uniform(-0.6, 0.6))
+        sim.place("board", rng.uniform((0.44, 0.06), (0.58, 0.2)), rng.uniform(-0.4, 0.4))
+
+    def check(self, sim):
+        (block, _), (slot, _) = sim.where("block"), sim.where("board")
+        away, above = np.linalg.norm(block[:2] - slot[:2]), block[2] - self.half[2]
+        inside = away < 0.006 and above < 0.004
+        if self.lasting(inside and sim.released("block"), 0.3):
+            return True, ""
+        if inside:
+            return None, "the block was not released"
+        return None, f"the block is {1000 * away:.0f} mm from the slot's centre and {1000 * above:.0f} mm above its floor"
+
+    def expert(self, sim):
+        (block, turned), (slot, aligned) = sim.where("block"), sim.where("board")
+        yaw, goal = _fold(turned.as_euler("xyz")[2]), _fold(aligned.as_euler("xyz")[2])
+        grasp = block + (0, 0, 0.014)
+        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the block", tolerance=0.006)
+        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the block", 0.2, free=False)
+        yield from hold(sim, CLOSED, "close the gripper around the block", 5)
+        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), CLOSED, "lift the block", tolerance=0.01)
+        for height, phase, free, tolerance in (
+            (0.12, "move the block above the slot", True, 0.002),
+            (self.half[2] + 0.004, "lower the block into the slot", False, 0.0025),
+        ):
+            # Where the tool must go so that the block, as it now lies in the hand, arrives upright over the slot.
+            (here, tool), (held, tilt) = sim.pose(), sim.where("block")
+            turn = _turned(goal) * _turned(_fold(tilt.as_euler("xyz")[2])).inv()
+            target = np.array([*slot[:2], height]) + turn.apply(here - held)
+            facing = (turn * Rotation.from_quat(tool)).as_quat(canonical=True)
+            yield from reach(sim, target, facing, CLOSED, phase, 0.25 if free else 0.12, tolerance, free, 40)
+        yield from hold(sim, OPEN, "open the gripper", 5)
+        yield from reach(sim, sim.pose()[0] + (0, 0, 0.1), sim.pose()[1], OPEN, "move up", free=False)
+
+
+class Oven(Task):
+    """What the two oven tasks share: an oven that opens towards the robot, its door hinged at the bottom. The oven's
+    frame has its origin at the foot of the opening, x going in and z up."""
+
+    camera = ((0.12, -0.74, 0.52), (0.56, 0.0, 0.1))  # from the side: from the front the oven shows its back
+    inside = np.array([0.2, 0.26, 0.16])  # m: depth, width, height
+    hinge = 0.012  # m above the table
+
+    def build(self, world, spec):
+        oven, grey = world.add_body(name="oven"), (0.36, 0.38, 0.42, 1)
+        (depth, width, height), w = self.inside / 2, 0.006
+        _geom(oven, "box", (depth, width, w), (depth, 0, w), grey)
+        _geom(oven, "box", (depth, width, w), (depth, 0, 2 * height + 3 * w), grey)
+        _geom(oven, "box", (w, width, height + 2 * w), (2 * depth + w, 0, height + 2 * w), (0.2, 0.2, 0.22, 1))
+        for side in (-1, 1):
+            _geom(oven, "box", (depth, w, height + 2 * w), (depth, side * (width + w), height + 2 * w), grey)
+        door = oven.add_body(name="door", pos=(0, 0, self.hinge))
+        joint = door.add_joint(name="door", axis=(0, -1, 0), range=(0, 1.5), damping=(0.1, 0, 0), frictionloss=1.2)
+        joint.solimp_friction[:2] = 0.9999, 0.9999  # stiff dry friction: a half open door stays where it is
+        _geom(door, "box", (w, width, height), (-w, 0, height), (0.85, 0.45, 0.12, 1), mass=0.3)
+        _geom(door, "box", (0.002, 0.8 * width, 0.45 * height), (-2 * w, 0, 0.9 * height), (0.1, 0.1, 0.12, 1), visual=True)
+        spec.add_exclude(bodyname1="oven", bodyname2="door")
+
+    def place_oven(self, sim, rng, low, high, yaw: float, angle: float) -> None:
+        sim.place("oven", rng.uniform(low, high), rng.uniform(-yaw, yaw))
+        sim.data.joint("door").qpos[0] = angle
+
+    def in_oven(self, sim, body: str) -> np.ndarray:
+        """A body's position in the oven's frame."""
+        (oven, turned), (position, _) = sim.where("oven"), sim.where(body)
+        return turned.inv().apply(position - oven)
+
+
+class CloseOven(Oven):
+    """Task 3: the closed fingers push the door's upper edge until it is shut."""
+
+    name, limit = "close_oven", 12.0
+    instruction = "close the oven"
+
+    def place(self, sim, rng):
+        self.place_oven(sim, rng, (0.66, -0.08), (0.71, 0.12), 0.15, rng.uniform(0.5, 0.95))
+
+    def check(self, sim):
+        angle = sim.data.joint("door").qpos[0]
+        return (True, "") if angle < 0.05 else (None, f"the door is {angle:.2f} rad open")
+
+    def edge(self, sim, angle: float, away: float, below: float) -> np.ndarray:
+        """A point near the middle of the door's upper edge at a door angle: `away` on the robot's side, `below` it."""
+        oven, turned = sim.where("oven")
+        length = self.inside[2]
+        return oven + turned.apply(
+            [-length * np.sin(angle) - away, 0, self.hinge + length * np.cos(angle) - below]
+        )  # fmt: skip
+
+    def expert(self, sim):
+        door, yaw = sim.data.joint("door"), sim.where("oven")[1].as_euler("xyz")[2]
+
+        def behind(angle: float, away: float, below: float):
+            # The fingers lean back with the door: so the push stays inside the friction cone, and the hand stays off
+            # the oven's top in the end.
+            return self.edge(sim, angle, away, below), _quat(yaw, pitch=-0.05 - 0.4 * max(angle, 0))
+
+        start, facing = behind(door.qpos[0], 0.06, 0.03)
+        yield from reach(sim, start + (0, 0, 0.12), facing, CLOSED, "move in front of the oven door", tolerance=0.01)
+        yield from reach(sim, start, facing, CLOSED, "lower the closed gripper behind the door's edge", 0.2, 0.005, False)
+        for _ in range(80):
+            goal, facing = behind(max(door.qpos[0] - 0.15, -0.15), 0.012, 0.03)
+            yield from reach(sim, goal, facing, CLOSED, "push the oven door shut", 0.15, 0.0, False, 1)
+
+
+class DipBrush(Task):
+    """Task 4: the brush is picked up by its thin handle and dipped into the sauce without pushing the bowl away."""
+
+    name, limit = "dip_brush", 16.0
+    instruction = "dip the brush in the sauce"
+    tip, grip, radius = 0.1, -0.05, 0.05  # m from the handle's centre to tip and grip; inner radius of the bowl
+
+    def build(self, world, spec):
+        brush = _free(world, "brush")
+        _geom(brush, "box", (0.07, 0.008, 0.008), rgba=(0.9, 0.85, 0.3, 1), mass=0.03)
+        _geom(brush, "box", (0.015, 0.012, 0.007), (0.085, 0, 0), (0.95, 0.95, 0.95, 1), mass=0.005)
+        bowl, side = _free(world, "bowl"), 2 * np.pi / 10
+        _geom(bowl, "cylinder", (self.radius, 0.004), (0, 0, 0.004), (0.2, 0.35, 0.75, 1), mass=0.4)
+        _geom(bowl, "cylinder", (self.radius - 0.001, 0.001), (0, 0, 0.014), (0.75, 0.08, 0.05, 1), visual=True)
+        for angle in side * np.arange(10):
+            at = (self.radius * np.cos(angle), self.radius * np.sin(angle), 0.02)
+            _geom(bowl, "box", (0.004, self.radius * np.tan(side / 2) + 0.002, 0.016), at, (0.2, 0.35, 0.75, 1), 0.01, angle)
+
+    def place(self, sim, rng):
+        sim.place("brush", (*rng.uniform((0.4, -0.2), (0.48, -0.06)), 0.008), rng.uniform(-0.5, 0.5))
+        sim.place("bowl", (*rng.uniform((0.5, 0.08), (0.6, 0.2)), 0.0))
+
+    def begin(self, sim):
+        super().begin(sim)
+        self.start, self.dipped = sim.where("bowl")[0], False
+
+    def tip_of(self, sim) -> np.ndarray:
+        position, turned = sim.where("brush")
+        return position + turned.apply([self.tip, 0, 0])
+
+    def check(self, sim):
+        bowl, tip = sim.where("bowl")[0], self.tip_of(sim)
+        if np.linalg.norm(bowl - self.start) > 0.03:
+            return False, "the bowl was pushed away"
+        self.dipped |= bool(np.linalg.norm(tip[:2] - bowl[:2]) < self.radius - 0.008 and tip[2] < 0.028)
+        if not self.dipped:
+            return None, "the brush's tip was not in the sauce"
+        return (True, "") if tip[2] > 0.07 and sim.held("brush") else (None, "the brush was not held up after the dip")
+
+    def expert(self, sim):
+        (brush, turned), bowl = sim.where("brush"), sim.where("bowl")[0]
+        yaw, pitch = turned.as_euler("xyz")[2], 0.75
+        grasp = brush + turned.apply([self.grip, 0, 0]) + (0, 0, 0.003)
+        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the brush's handle", tolerance=0.006)
+        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the brush's handle", 0.2, free=False)
+        yield from hold(sim, CLOSED, "close the gripper around the brush's handle", 5)
+        yield from reach(sim, grasp + (0, 0, 0.12), _quat(yaw), CLOSED, "lift the brush", 0.2, 0.01)
+        tilted = _quat(yaw / 2, pitch)
+        for height, phase, speed, free in (
+            (0.09, "move the brush above the bowl", 0.2, True),
+            (0.019, "dip the brush in the sauce", 0.12, False),
+        ):
+            # The tip's place in the hand is measured: the brush may have turned a little when it was gripped.
+            here, tool = sim.pose()
+            offset = Rotation.from_quat(tool).inv().apply(self.tip_of(sim) - here)
+            target = np.array([*bowl[:2], height]) - Rotation.from_quat(tilted).apply(offset)
+            yield from reach(sim, target, tilted, CLOSED, phase, speed, 0.004, free)
+        yield from hold(sim, CLOSED, "dip the brush in the sauce", 2)
+        yield from reach(sim, sim.pose()[0] + (0, 0, 0.1), tilted, CLOSED, "lift the brush out of the sauce", 0.2, free=False)
+
+
+class PotOven(Oven):
+    """Task 5: the pot goes into the oven by its long handle, gripped 15.5 cm from the pot's centre. Touching the oven
+    with the robot fails, at whatever moment: a predicate on the final state alone let the hand run into it."""
+
+    name, limit, watch = "pot_oven", 20.0, True
+    instruction = "put the pot in the oven"
+    radius, half, grip, handle = 0.055, 0.028, 0.155, 0.018  # m: radius, half height, and the handle along -x and up
+
+    def build(self, world, spec):
+        super().build(world, spec)
+        pot = _free(world, "pot")
+        _geom(pot, "cylinder", (self.radius, self.half), rgba=(0.75, 0.12, 0.12, 1), mass=0.15)
+        _geom(pot, "cylinder", (self.radius - 0.006, 0.001), (0, 0, self.half), (0.15, 0.12, 0.1, 1), visual=True)
+        _geom(pot, "box", (0.07, 0.009, 0.008), (-self.radius - 0.065, 0, self.handle), (0.12, 0.12, 0.14, 1), mass=0.03)
+
+    def place(self, sim, rng):
+        self.place_oven(sim, rng, (0.6, 0.08), (0.64, 0.16), 0.12, 1.5)
+        sim.place("pot", (*rng.uniform((0.48, -0.27), (0.54, -0.19)), self.half), rng.uniform(-0.35, 0.35))
+
+    def check(self, sim):
+        if ("oven", "robot") in sim.touched:
+            return False, "the robot touched the oven"
+        x, y, z = self.in_oven(sim, "pot")
+        depth, width, _ = self.inside
+        inside = self.radius < x < depth and abs(y) < width / 2 - self.radius and z < 0.012 + self.half + 0.006
+        flat = sim.where("pot")[1].apply([0, 0, 1])[2] > np.cos(0.1)
+        if self.lasting(inside and flat and sim.released("pot"), 0.3):
+            return True, ""
+        return None, "the pot was not released" if inside and flat else "the pot does not stand on the oven's floor"
+
+    def expert(self, sim):
+        (pot, turned), (oven, facing) = sim.where("pot"), sim.where("oven")
+        yaw, goal = turned.as_euler("xyz")[2], facing.as_euler("xyz")[2]
+        grasp = pot + turned.apply([-self.grip, 0, self.handle])
+        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the pot's handle", tolerance=0.006)
+        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the pot's handle", 0.2, free=False)
+        yield from hold(sim, CLOSED, "close the gripper around the pot's handle", 5)
+        yield from reach(sim, grasp + (0, 0, 0.14), _quat(yaw), CLOSED, "lift the pot", 0.1, free=False)
+        for x, z, phase, speed, free in (
+            (-0.1, 0.1, "move the pot in front of the oven", 0.2, True),
+            (0.085, 0.06, "move the pot into the oven", 0.12, False),
+            (0.085, 0.0155, "set the pot down in the oven", 0.08, False),
+        ):
+            target = oven + facing.apply([x - self.grip, 0, z + self.half + self.handle])
+            yield from reach(sim, target, _quat(goal), CLOSED, phase, speed, 0.003, free, 60)
+        yield from hold(sim, OPEN, "open the gripper", 5)
+        up = sim.pose()[0] + facing.apply([-0.03, 0, 0.1])
+        yield from reach(sim, up, _quat(goal), OPEN, "move up and away", 0.2, free=False)
+
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (PickCup, BlockSlot, CloseOven, DipBrush, PotOven)
+}  # fmt: skip
+
+# --------------------------------------------------------------------------------------------------------------------
+# Policies
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ExpertPolicy:
+    """The scripted expert behind the interface of a learned policy. It looks into the simulator, so it needs one."""
+
+    name = "expert"
+
+    def reset(self, robot: SimFranka) -> None:
+        self.robot, self.commands, self.phase = robot, robot.task.expert(robot), ""
+
+    def act(self, observation: Observation, instruction: str) -> np.ndarray:
+        """The action (7,) of this tick; `phase` says what it is for. Stays put once the script is over."""
+        position, quaternion = self.robot.pose()
+        self.command = next(self.commands, Command(position, quaternion, OPEN, "done", False))
+        self.phase = self.command.phase
+        move = common.relative_action(position, quaternion, self.command.position, self.command.quaternion)
+        return np.append(move, np.float32(self.command.gripper))
+
+
+class ChunkPolicy:
+    """A policy of finetune.py: predicts a chunk of actions, executes `policy.execute` of them, predicts anew."""
+
+    def __init__(self, policy: Any, name: str):
+        self.policy, self.name, self.phase = policy, name, ""
+
+    def reset(self, robot: Robot) -> None:
+        self.queue: deque[np.ndarray] = deque()
+
+    def act(self, observation: Observation, instruction: str) -> np.ndarray:
+        """The action (7,) of this tick. Raises InputError for a camera that this robot does not have."""
+        if not self.queue:
+            absent = [c for c in self.policy.cameras if c not in observation.images]
+            if absent:
+                raise InputError(f"{self.name} wants cameras {absent}; the robot has {list(observation.images)}")
+            images = {camera: observation.images[camera][None] for camera in self.policy.cameras}
+            state = common.scatter(observation.state, ARM_STATE, common.STATE_NAMES)[None].astype(np.float32)
+            chunk = self.policy.act(images, state, [instruction])[0]  # (H, 44)
+            actions = common.gather(chunk, ARM_ACTION, common.ACTION_NAMES)
+            actions[:, 6] = actions[:, 6] > 0.5
+            self.queue.extend(actions[: self.policy.execute])
+        return self.queue.popleft()
+
+
+def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
+    """`expert`, a folder written by finetune.py, or "": the best fine-tuned policy present, else the expert."""
+    if path == "expert":
+        return ExpertPolicy()
+    if not path:
+        present = [p for p in (f"runs/{preset}/finetune" for preset in ("paper", "small", "tiny")) if Path(p).is_dir()]
+        if not present:
+            print("no fine-tuned policy in runs/: the scripted expert shows the task (it looks into the simulator)")
+            return ExpertPolicy()
+        path = present[0]
+    elif not Path(path).is_dir():
+        raise InputError(f"no policy at {path}: run `python finetune.py --tiny` first, or give --policy expert")
+    import finetune
+
+    return ChunkPolicy(finetune.load_policy(path), path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Trials
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def picture(images: dict[str, np.ndarray], title: str, text: str, size: int = 320) -> np.ndarray:
+    """One frame of the video: the cameras side by side, enlarged to `size` pixels, over two lines of text. uint8."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    canvas = Image.new("RGB", (size * len(images), size + 44), (20, 20, 24))
+    for i, image in enumerate(images.values()):
+        canvas.paste(Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST), (i * size, 0))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    colour = {"success": (120, 230, 130), "failed:": (255, 130, 110)}.get(text.split(" ")[0], (190, 190, 200))
+    draw.text((8, size + 2), title, (255, 255, 255), font)
+    draw.text((8, size + 22), text, colour, font)
+    return np.asarray(canvas)
+
+
+class Film:
+    """Writes frames, uint8 (H, W, 3) with even sides, into an mp4 as they come; it appears when it is complete."""
+
+    def __init__(self, path: Path):
+        self.path, self.partial, self.container = path, path.with_name(path.name + ".partial"), None
+
+    def add(self, frame: np.ndarray) -> None:
+        import av
+
+        if self.container is None:
+            self.container = av.open(str(self.partial), "w", format="mp4")
+            self.stream = self.container.add_stream("libx264", rate=HZ, options={"crf": "23", "preset": "veryfast"})
+            self.stream.height, self.stream.width, self.stream.pix_fmt = *frame.shape[:2], "yuv420p"
+        self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+
+    def close(self) -> None:
+        if self.container is not None:
+            self.container.mux(self.stream.encode())
+            self.container.close()
+            os.replace(self.partial, self.path)
+
+
+def run_trial(policy, robot: SimFranka, trial: int, seed: int, seconds: float = 0.0, film=None) -> dict:
+    """One trial until success, failure or the time limit. Returns the entry of results.json."""
+    observation = robot.reset(trial, seed)
+    policy.reset(robot)
+    limit, done, reason = seconds or robot.task.limit, None, ""
+    while done is None and robot.seconds < limit - 1e-6:
+        action = policy.act(observation, robot.instruction)
+        if film:
+            film(picture(observation.images, robot.instruction, policy.phase or policy.name))
+        observation = robot.step(action)
+        done, reason = robot.task.check(robot)
+    if film:
+        last = picture(observation.images, robot.instruction, "success" if done else f"failed: {reason}")
+        for _ in range(HZ):
+            film(last)
+    return {
+        "task": robot.task.name, "trial": trial, "seed": seed, "policy": policy.name, "instruction": robot.instruction,
+        "success": bool(done), "seconds": round(robot.seconds, 1), "reason": "" if done else reason,
+    }  # fmt: skip
+
+
+def run_trials(
+    policy: ExpertPolicy | ChunkPolicy, task: str, trials: int | Sequence[int], seed: int = 0, *, image_size: int = 128,
+    look: str = "capsule", variation: bool = False, seconds: float = 0.0,
+    film: Callable[[np.ndarray], Any] | None = None, report: Callable[[dict], Any] | None = None,
+) -> list[dict]:  # fmt: skip
+    """Runs trials of one task (a number of them from 0 on, or a list of trial numbers) with a progress bar.
+
+    film: called with every frame of the video, e.g. `frames.append`. report: called with each entry as it is done.
+    An expert without film runs without rendering. Raises InputError for an unknown task or negative numbers."""
+    blind = isinstance(policy, ExpertPolicy) and film is None
+    robot = SimFranka(task, 0 if blind else image_size, look, variation)
+    entries: list[dict] = []
+    bar = tqdm(range(trials) if isinstance(trials, int) else trials, desc=task, unit="trial", mininterval=1)
+    for trial in bar:
+        entries.append(run_trial(policy, robot, trial, seed, seconds, film))
+        bar.set_postfix_str(f"{sum(e['success'] for e in entries)}/{len(entries)} successful")
+        if report:
+            report(entries[-1])
+    robot.close()
+    return entries
+
+
+def evaluate(args: Args) -> None:
+    """Runs the trials asked for, writes results.json after each and a video at the end, and prints k/n."""
+    folder, seed = Path(args.out) / args.task, args.seed or 0
+    SimFranka(args.task).close()  # an unknown task or a missing GL library is said before anything is written
+    policy = make_policy(args.policy)
+    path, entries = folder / "results.json", []
+    if path.exists():
+        if not args.resume:
+            raise InputError(f"{path} exists: add --resume to run the missing trials, or choose another --out")
+        entries = json.loads(path.read_text())
+        others = {(e["policy"], e["seed"]) for e in entries} - {(policy.name, seed)}
+        if others:
+            raise InputError(f"{path} holds (policy, seed) {others}, not {(policy.name, seed)}: choose another --out")
+    wanted = range(args.first_trial, args.first_trial + args.trials)
+    missing = [t for t in wanted if t not in {e["trial"] for e in entries}]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def report(entry: dict) -> None:
+        entries.append(entry)
+        common.write_json(path, sorted(entries, key=lambda e: e["trial"]))
+
+    film = Film(folder / (f"video_from_{missing[0]}.mp4" if entries and missing else "video.mp4"))
+    run_trials(
+        policy, args.task, missing, seed, image_size=args.image_size, look=args.look, variation=args.variation,
+        seconds=args.seconds, film=film.add, report=report,
+    )  # fmt: skip
+    film.close()
+    here = sorted((e for e in entries if e["trial"] in wanted), key=lambda e: e["trial"])
+    for e in here:
+        verdict = "success" if e["success"] else f"failed: {e['reason']}"
+        print(f"  trial {e['trial']:3d}  {e['seconds']:5.1f} s  {verdict}")
+    k = sum(e["success"] for e in here)
+    low, high = common.wilson(k, len(here))
+    print(f"{args.task}, {policy.name}: {k}/{len(here)} successful (95 % interval {low:.0%} to {high:.0%})")
+    print(f"wrote {path}" + (f" and {film.path}" if missing else "; no trial was missing"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recording
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, str]:
+    """One demonstration with disturbances. Returns the arguments of LeRobotWriter.add_episode, or None and the reason
+    of failure. With rendering off, `frames` is empty and everything else the same."""
+    observation, expert, task = robot.reset(trial, seed), ExpertPolicy(), robot.task
+    expert.reset(robot)
+    entropy = [seed, list(TASKS).index(task.name), trial]
+    rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,)))
+    left, push = 0, np.zeros(6)
+    frames: dict[str, list] = {camera: [] for camera in observation.images}
+    actions, states, phases, done, reason = [], [], [], None, ""
+    while done is None and robot.seconds < task.limit - 1e-6:
+        action = expert.act(observation, robot.instruction)
+        for camera, image in observation.images.items():
+            frames[camera].append(image)
+        actions.append(action)
+        states.append(observation.state)
+        phases.append(expert.phase)
+        # A disturbance lasts 2 to 4 ticks of up to 1 cm and 0.05 rad each, in free space only. What is executed is
+        # pushed off; what is recorded is what the expert wanted, so the data show the way back.
+        if left == 0 and rng.random() < 0.05:
+            left = int(rng.integers(2, 5))
+            push = np.concatenate([rng.uniform(-0.01, 0.01, 3), [0, 0, rng.uniform(-0.05, 0.05)]])
+        disturb = left > 0 and expert.command.free
+        left = max(0, left - 1)
+        observation = robot.step(action + np.append(push, 0) if disturb else action)
+        done, reason = task.check(robot)
+    if not done:
+        return None, reason
+    return {
+        "frames": {camera: np.stack(images) for camera, images in frames.items()}, "action": np.stack(actions),
+        "state": np.stack(states), "task": robot.instruction, "subtasks": phases,
+    }, ""  # fmt: skip
+
+
+_robots: dict[tuple, SimFranka] = {}  # of a worker process: building one takes longer than an episode
+
+
+def _work(task: str, image_size: int, look: str, variation: bool, trial: int, seed: int) -> tuple[dict | None, str]:
+    key = (task, image_size, look, variation)
+    if key not in _robots:
+        _robots[key] = SimFranka(*key)
+    return demonstrate(_robots[key], trial, seed)
+
+
+def record(args: Args) -> dict[str, float]:
+    """Records args.record successful demonstrations of each task, round-robin, in the order of the trials' numbers: the
+    first n episodes of a task are the same for any larger number and for any number of workers.
+
+    Returns episodes, frames, seconds, and the rate (episodes/s) from the first finished episode on."""
+    seed = 1 if args.seed is None else args.seed
+    if seed < 1:
+        raise InputError(f"--seed {seed} with --record: 0 belongs to the evaluation, give 1 or more")
+    SimFranka("pick_cup", args.image_size).close()  # a missing GL library is said here, not by a worker
+    tasks = list(TASKS) if args.task == "all" else [args.task]
+    cameras = {name: (args.image_size, args.image_size) for name in ("primary", "wrist")}
+    writer = common.LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
+    skip, total = writer.num_episodes, args.record * len(tasks)
+    if skip:
+        print(f"{args.out} holds {skip} episodes: simulating those again without rendering, then going on")
+    failures: dict[str, list[str]] = {task: [] for task in tasks}
+    ahead = max(2, 3 * args.workers // len(tasks))  # trials of a task under way at a time
+    # Spawned, not forked: a GL context does not survive a fork.
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
+
+    def episodes(task: str) -> Iterator[dict]:
+        queue: deque = deque()
+        trial = made = 0
+        while True:
+            while len(queue) < min(ahead, args.record - made):
+                on_disk = (made + len(queue)) * len(tasks) + tasks.index(task) < skip
+                size = 0 if on_disk else args.image_size
+                queue.append(pool.submit(_work, task, size, args.look, args.variation, trial, seed))
+                trial += 1
+            episode, reason = queue.popleft().result()
+            if episode is None:
+                failures[task].append(reason)
+            else:
+                made += 1
+                yield episode
+
+    start, first, frames = time.perf_counter(), 0.0, 0
+    try:
+        with writer, tqdm(total=total, desc="record", unit="episode", mininterval=1) as bar:
+            sources = [episodes(task) for task in tasks]
+            for i in range(total):
+                episode = next(sources[i % len(tasks)])
+                first = first or time.perf_counter()
+                if i >= skip:
+                    writer.add_episode(**episode)
+                elif writer.episodes[i]["tasks"] != [episode["task"]]:
+                    raise InputError(f"{args.out} was recorded with another --task or --seed: choose another --out")
+                frames += len(episode["action"])
+                bar.update()
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker process died (out of memory?): run again with --workers 1 --resume --out {args.out}"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    end = time.perf_counter()
+    for task, reasons in failures.items():
+        why = f" ({'; '.join(sorted(set(reasons)))})" if reasons else ""
+        print(f"{task}: {args.record} demonstrations, {len(reasons)} more failed and were left out{why}")
+    print(f"wrote {args.out}: {max(total, skip)} episodes, {frames} frames, {end - start:.1f} s")
+    rate = (total - 1) / (end - first) if total > 1 else 0.0
+    return {"episodes": total, "frames": frames, "seconds": end - start, "rate": rate}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    least = {"trials": 1, "first_trial": 0, "seed": 0, "seconds": 0, "image_size": 16, "record": 0, "workers": 1}
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+    if args.task not in TASKS and not (args.task == "all" and args.record):
+        raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")
+    if not args.record:
+        evaluate(args)
+    elif args.out in (Args.out, TINY.out, SMALL.out):
+        record(dataclasses.replace(args, out=f"{args.out}/demos"))
+    else:
+        record(args)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
