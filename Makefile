@@ -48,10 +48,10 @@ slow: env
 lint: env
 	$(PY) -m ruff check .
 
-# Makes data/tiny anew: 10 demonstrations of each of the five tasks, two cameras.
+# Makes data/tiny anew: 15 demonstrations of each of the five tasks, two cameras.
 data: env
 	rm -rf data/tiny
-	$(PY) franka.py --record 8 --task all --image-size 64 --out data/tiny
+	$(PY) franka.py --record 15 --task all --image-size 64 --out data/tiny
 
 clean:
 	rm -rf runs

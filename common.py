@@ -327,7 +327,7 @@ _CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside and renames: a reader never sees half a file. Innermost lists and tables take one line each."""
+    """Writes JSON beside and renames: a reader never sees half a file. An innermost list or table takes one line."""
     partial = path.with_name(path.name + ".partial")
     flat = lambda m: m[1] + re.sub(r"\n\s*", " ", m[2]) + m[3]  # a line break is never inside a JSON string
     text = re.sub(r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])", flat, json.dumps(value, indent=1))
@@ -367,7 +367,9 @@ class _Video:
         self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         self.stream.height, self.stream.width = size
         self.stream.pix_fmt = "yuv420p"
+        # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
         self.stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
+        self.stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
         self.stream.codec_context.thread_count = 1
 
     def add(self, clip: np.ndarray) -> None:
@@ -377,7 +379,7 @@ class _Video:
     def close(self, keep: bool = True) -> None:
         self.container.mux(self.stream.encode())
         self.container.close()
-        os.replace(self.partial, self.path) if keep else self.partial.unlink()
+        os.replace(self.partial, self.path) if keep else self.partial.unlink(missing_ok=True)
 
 
 class LeRobotWriter:
@@ -870,7 +872,7 @@ class Windows(torch.utils.data.Dataset):
         state         float32 (46,), normalised;  state_mask  bool (46,)
         instruction, subtask   str (the phase at t);   index, dataset, window   int
 
-    split: "train", "val" (every `val_every`-th episode) or "all". `episodes` > 0 takes only the first so many."""
+    split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many."""
 
     def __init__(
         self, sources: Sequence[str | Path], views: dict[str, View], actions: int, hz: float, seed: int,
@@ -893,7 +895,7 @@ class Windows(torch.utils.data.Dataset):
             if episodes > reader.num_episodes:
                 raise InputError(f"{reader.source} has {reader.num_episodes} episodes, fewer than {episodes}")
             ids = np.arange(episodes or reader.num_episodes)
-            held_out = (ids % val_every == val_every - 1) if val_every else np.zeros(len(ids), bool)
+            held_out = np.isin(ids, _held_out(reader.num_episodes, val_every))
             ids = {"train": ids[~held_out], "val": ids[held_out], "all": ids}[split]
             if not len(ids):
                 raise InputError(
@@ -958,6 +960,13 @@ class Windows(torch.utils.data.Dataset):
             images = reader.pictures(i, view.camera, unique, view.size)
             sample[name] = images[[unique.index(f) for f in wanted]]
         return sample
+
+
+def _held_out(episodes: int, every: int) -> list[int]:
+    """One episode in each run of `every`, drawn at random but always the same: tasks recorded in turn are all held out
+    now and then."""
+    starts = range(0, episodes - every + 1, every) if every else ()
+    return [b + int(np.random.default_rng([every, b]).integers(every)) for b in starts]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

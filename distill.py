@@ -40,6 +40,7 @@ Where we depart from the paper, or fill in what it does not say:
  6. 130,000 steps at a batch of 256: our reckoning of 7 days of 16 A100s.
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -55,8 +56,8 @@ import common
 from common import InputError, Process, View, Windows
 from lam import LAM, count, load_lam
 
-# Shapes: B batch, K camera views, T frames, n tokens of an image, L prefix positions, N = Ns + Nm latent tokens, D their
-# width, S positions of subtask text.
+# Shapes: B batch, K camera views, T frames, H x H pixels, n tokens of an image, L positions, N = Ns + Nm latent tokens,
+# D their width, S positions of subtask text.
 
 IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
 
@@ -64,7 +65,7 @@ IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
 @dataclass
 class Args:
     data: tuple[str, ...] = ("datasets/pretrain",)
-    """LeRobot data sets: PATH, or PATH@MAPPING for columns named otherwise (see data/mappings). (Sec. 4.1: as stage 1)"""
+    """LeRobot data sets: PATH, or PATH@MAPPING for columns named otherwise (see data/mappings). (Sec. 6.3)"""
     weights: tuple[float, ...] = ()
     """Sampling weight of each data set; none: every frame counts alike."""
     lam: str = "runs/paper/lam"
@@ -98,7 +99,7 @@ class Args:
     checkpointing: bool = True
     """Recompute activations in the backward pass. (our choice)"""
     val_every: int = 20
-    """One episode in so many is held out for validation. (our choice)"""
+    """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
     """Held-out windows measured at each save. (our choice)"""
     save_every: int = 1000
@@ -115,7 +116,7 @@ class Args:
 
 TINY = Args(
     data=("data/tiny",), lam="runs/tiny/lam", out="runs/tiny/distill", student="paligemma-tiny", batch=8, accumulate=1,
-    steps=200, lr=1e-3, min_lr=1e-5, warmup=10, checkpointing=False, val_every=10, val_samples=64, save_every=50,
+    steps=200, lr=1e-3, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15, val_samples=64, save_every=50,
     log_every=10, workers=0, preload=True,
 )  # fmt: skip
 SMALL = Args(
@@ -133,9 +134,14 @@ SMALL = Args(
 def attention_mask(group: Tensor, valid: Tensor) -> Tensor:
     """Who attends to whom, bool (B, 1, L, L), from each position's group (L,) and whether it holds a token (B, L).
 
-        [[1 1 0 0]     image and text
-         [1 1 1 0]     latents (columns: image, text, latents, subtask)
-         [1 1 0 \\]]    subtask, causal"""
+    One image token, one word, two latents, two words of the subtask:
+
+        [[1 1 0 0 0 0]     image
+         [1 1 0 0 0 0]     text
+         [1 1 1 1 0 0]     latent
+         [1 1 1 1 0 0]     latent
+         [1 1 0 0 1 0]     subtask
+         [1 1 0 0 1 1]]    subtask"""
     table = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=group.device)
     allowed = table[group][:, group]  # (L, L)
     text = group == SUBTASK
@@ -144,9 +150,10 @@ def attention_mask(group: Tensor, valid: Tensor) -> Tensor:
 
 
 class Student(nn.Module):
-    """PaliGemma with latent queries. `forward` gives the foreseen latent actions and, if asked, the text's logits.
+    """PaliGemma with N = Ns + Nm latent queries. `forward` gives the foreseen latent actions (Eq. 3) and, if asked, the
+    logits of the subtask text (Eq. 5). It may look at several cameras (fine-tuning does); distillation shows it one.
 
-    It may look at several cameras (fine-tuning does); distillation shows it one."""
+    tokens: (Ns, Nm); latent_dim: D. Raises InputError where `vlm` is no PaliGemmaForConditionalGeneration."""
 
     def __init__(self, vlm: nn.Module, tokenizer: Any, tokens: tuple[int, int], latent_dim: int):
         super().__init__()
@@ -166,18 +173,16 @@ class Student(nn.Module):
     def ids(self, texts: list[str], start: str = "", end: str = "") -> tuple[Tensor, Tensor]:
         """Token ids (B, L), right-padded, and where there are tokens, bool (B, L)."""
         rows = [self.tokenizer(start + t + end, add_special_tokens=False).input_ids for t in texts]
-        length = max(len(r) for r in rows)
-        limit = self.config.text_config.max_position_embeddings
-        if length + len(self.queries) > limit:
-            raise InputError(f"a text of {length} tokens is longer than the model's context of {limit}: shorten it")
-        pad = self.tokenizer.pad_token_id
+        length, pad = max(len(r) for r in rows), self.tokenizer.pad_token_id
         ids = torch.tensor([r + [pad] * (length - len(r)) for r in rows], device=self.queries.device)
         valid = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows], device=self.queries.device).bool()
         return ids, valid
 
     def prefix(self, images: Tensor, instructions: list[str], latents: bool = True):
         """images uint8 (B, K, 3, H, H) -> what stands before the answer: embeddings (B, L, width), group (L,), valid
-        (B, L) and position numbers (B, L). Padding takes no position."""
+        (B, L) and position numbers (B, L). Padding takes no position.
+
+        Raises InputError for an instruction that does not fit into the model's context."""
         embed = self.vlm.get_input_embeddings()
         b, k = images.shape[:2]
         pixels = common.normalize_pixels(rearrange(images, "b k c h w -> (b k) c h w"), "paligemma", self.queries.dtype)
@@ -185,6 +190,11 @@ class Student(nn.Module):
         pictures = rearrange(pictures, "(b k) n d -> b (k n) d", b=b)  # (B, K n, width)
         prompts = [common.STUDENT_PROMPT.format(sent=s) for s in instructions]
         ids, valid = self.ids(prompts, start=self.tokenizer.bos_token)
+        limit, room = self.config.text_config.max_position_embeddings, pictures.shape[1] + len(self.queries)
+        if ids.shape[1] + room > limit:
+            longest = max(instructions, key=len)
+            raise InputError(f"an instruction of {len(longest)} letters makes {ids.shape[1]} tokens, {k} images and "
+                             f"the latents {room}: the model takes {limit} in all; shorten {longest[:60]!r}...")
         seen = torch.ones(pictures.shape[:2], dtype=torch.bool, device=images.device)
         parts, valid = [pictures, embed(ids).to(pictures.dtype)], torch.cat([seen, valid], 1)
         group = [IMAGE_TEXT] * valid.shape[1]
@@ -196,8 +206,8 @@ class Student(nn.Module):
         return torch.cat(parts, 1), torch.tensor(group, device=images.device), valid, positions.clamp(min=0)
 
     def forward(self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None):
-        """Returns Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that predict their tokens, and
-        the tokens themselves (B, S), -100 where there is none.  (Eq. 3)"""
+        """images uint8 (B, K, 3, H, H) -> Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that
+        predict their tokens, and the tokens themselves (B, S), -100 where there is none.  (Eq. 3)"""
         embeds, group, valid, positions = self.prefix(images, instructions)
         n, before = len(self.queries), embeds.shape[1]
         if subtasks is not None:
@@ -226,7 +236,8 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def describe(self, images: Tensor, instructions: list[str], limit: int = 24) -> list[str]:
-        """The subtask sentences that the student writes, greedily, with a cache; images (B, 1, 3, H, H)."""
+        """The subtask sentences that the student writes, greedily, with a cache, at most `limit` tokens each; images
+        uint8 (B, K, 3, H, H). Call it in eval mode, on an unsharded student."""
         embeds, group, valid, positions = self.prefix(images, instructions, latents=False)
         out = self.vlm.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
@@ -234,14 +245,15 @@ class Student(nn.Module):
         cache, rows = out.past_key_values, torch.arange(len(images), device=images.device)
         hidden, position = out.last_hidden_state[rows, last_token(valid)][:, None], positions[rows, last_token(valid)]
         words: list[Tensor] = []
-        for _ in range(limit):
+        eos = self.tokenizer.eos_token_id
+        while len(words) < limit and not (words and (torch.stack(words) == eos).any(0).all()):
             words.append(self.logits(hidden)[:, -1].argmax(-1))
             position, valid = position + 1, F.pad(valid, (0, 1), value=True)
+            word = self.vlm.get_input_embeddings()(words[-1][:, None]).to(embeds.dtype)
             hidden = self.vlm.language_model(
-                inputs_embeds=self.vlm.get_input_embeddings()(words[-1][:, None]).to(embeds.dtype), past_key_values=cache,
-                attention_mask=valid[:, None, None, :], position_ids=position[:, None], use_cache=True,
+                inputs_embeds=word, past_key_values=cache, attention_mask=valid[:, None, None, :],
+                position_ids=position[:, None], use_cache=True,
             ).last_hidden_state  # fmt: skip
-        eos = self.tokenizer.eos_token_id
         texts = []
         for row in torch.stack(words, 1).tolist():
             texts.append(self.tokenizer.decode(row[: row.index(eos)] if eos in row else row, skip_special_tokens=True))
@@ -254,12 +266,14 @@ def last_token(valid: Tensor) -> Tensor:
 
 
 def build(args: Args, tokens: tuple[int, int], latent_dim: int, checkpoint: Path | None = None) -> Student:
-    """The student: from pretrained or random weights, or with the architecture of a checkpoint, to be filled."""
+    """The student: from pretrained or random weights, or with the architecture of a checkpoint, to be filled.
+
+    Raises InputError where --student names no PaliGemma."""
     config = common.load_meta(checkpoint)["student_config"] if checkpoint else None
     vlm, tokenizer = common.load_vlm(args.student, config, checkpoint)
     student = Student(vlm, tokenizer, tokens, latent_dim)
     if args.checkpointing:
-        student.vlm.gradient_checkpointing_enable()
+        student.vlm.activation_checkpointing_enable()
     return student
 
 
@@ -281,7 +295,7 @@ def load_student(path: str | Path) -> tuple[Student, Args, dict[str, Any]]:
 
 
 def alignment_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_a = |Zhat - Z|^2 + KL(p(Zhat) || p(Z)), p a softmax over features; both (B, N, D).  (Eq. 4)"""
+    """L_a = |Zhat - Z|^2 + KL(p(Zhat) || p(Z)), p a softmax over features; both (B, N, D). (scalar, parts).  (Eq. 4)"""
     student, teacher = student.float(), teacher.float()
     mse = F.mse_loss(student, teacher)
     log_p_hat, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -292,7 +306,9 @@ def alignment_loss(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, 
 def distill_loss(
     student: Tensor, teacher: Tensor, logits: Tensor, words: Tensor, n_words: Tensor, lambda_r: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_a + lambda_r L_r (Eq. 6), L_r the next-token prediction of Eq. 5 divided by `n_words`."""
+    """L = L_a + lambda_r L_r (Eq. 6), L_r the next-token prediction of Eq. 5 divided by `n_words`; (scalar, parts).
+
+    student, teacher (B, N, D); logits (B, S, vocabulary); words (B, S), -100 where there is none."""
     align, parts = alignment_loss(student, teacher)  # L_a
     text = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum") / n_words
     return align + lambda_r * text, parts | {"text": text.detach()}
@@ -305,8 +321,9 @@ def distill_loss(
 
 @torch.no_grad()
 def validate(student: Student, teacher: LAM, windows: Windows, args: Args, process: Process) -> dict[str, float]:
-    """Held-out losses; the cosine between Zhat and Z, beside that of Zhat with the Z of another sample (what a student
-    that foresees nothing in particular would reach); the perplexity of the subtask text."""
+    """Held-out losses, the squared error beside that of always foreseeing the mean Z; the cosine between Zhat and Z,
+    beside that of Zhat with the Z of another sample (what a student that foresees nothing in particular would reach);
+    the perplexity of the subtask text."""
     student.eval()
     hats, zs, nll, n_words = [], [], 0.0, 0
     for first in range(0, args.val_samples, args.batch):
@@ -341,7 +358,16 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
     t = teacher_args
     views = {"video": View(t.camera, t.frames, t.image_size), "first": View(t.camera, 1, image_size)}
     seed = args.seed + (1 if split == "train" else 10_001)  # other windows than stage 1 drew
-    return Windows(args.data, views, t.frames - 1, t.hz, seed, args.weights, split, args.val_every, preload=args.preload)
+    return Windows(args.data, views, t.frames - 1, t.hz, seed, args.weights, split if args.val_every else "all",
+                   args.val_every, preload=args.preload)  # fmt: skip
+
+
+def check_resume(kept: Path, windows: Windows) -> None:
+    """Raises InputError when the data sets are no longer those that a checkpoint was trained on."""
+    then, now = common.load_meta(kept)["statistics"], json.loads(json.dumps(windows.statistics()))
+    if changed := [source for source in now if then.get(source) != now[source]]:
+        raise InputError(f"the data at {changed} have other statistics than when {kept} was trained: put back the data "
+                         f"set that it saw, or choose another --out")  # fmt: skip
 
 
 def shard(student: Student, teacher: LAM, process: Process) -> None:
@@ -357,7 +383,7 @@ def shard(student: Student, teacher: LAM, process: Process) -> None:
     for layer in [*frozen.vision_tower.encoder.layer, *frozen.language_model.layers]:
         fully_shard(layer, mp_policy=policy)
     fully_shard(student, mp_policy=policy)
-    fully_shard(teacher.encoder, mp_policy=policy)
+    fully_shard(teacher.encoder, mp_policy=policy, reshard_after_forward=True)  # no backward pass will need it
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -366,24 +392,30 @@ def shard(student: Student, teacher: LAM, process: Process) -> None:
 
 
 def train(args: Args, process: Process) -> None:
-    run, kept = common.open_run(args.out, args, process, args.resume)
     teacher, teacher_args, _ = load_lam(args.lam)
+    run, kept = common.open_run(args.out, args, process, args.resume)
+    teacher.decoder = None  # the larger part, and nothing here reads it
     teacher = teacher.to(process.device).eval().requires_grad_(False)
-    tokens = (teacher_args.scene_tokens, teacher_args.motion_tokens)
-    student = build(args, tokens, teacher_args.latent_dim, kept).to(process.device)
+    tokens, latent_dim = (teacher_args.scene_tokens, teacher_args.motion_tokens), teacher_args.latent_dim
+    student = build(args, tokens, latent_dim, kept).to(process.device).train()
     windows = make_windows(args, teacher_args, student.image_size, "train")
-    held_out = make_windows(args, teacher_args, student.image_size, "val")
+    held_out = make_windows(args, teacher_args, student.image_size, "val") if args.val_every else windows
     start = 0
     if kept:
-        start = common.load_meta(kept)["step"]
+        then = common.load_meta(kept)
+        start = then["step"]
+        if (tuple(then["tokens"]), then["latent_dim"]) != (tokens, latent_dim):
+            raise InputError(f"{kept} has {then['tokens']} scene and motion tokens of width {then['latent_dim']}, the "
+                             f"teacher at {args.lam} {list(tokens)} of {latent_dim}: give the --lam it learned from")
+        check_resume(kept, windows)
         common.load_weights(student, kept)
     tokenizer = student.tokenizer
     meta = {"stage": "distill", "args": asdict(args), "student_config": student.config.to_dict(), "tokens": tokens,
-            "latent_dim": teacher_args.latent_dim, "camera": teacher_args.camera, "hz": teacher_args.hz,
+            "latent_dim": latent_dim, "camera": teacher_args.camera, "hz": teacher_args.hz,
             "statistics": windows.statistics()}  # fmt: skip
     if process.main:
         print(windows.summary())
-        print(f"inherited from {args.lam}: {tokens[0]} + {tokens[1]} latent tokens of width {teacher_args.latent_dim}, "
+        print(f"inherited from {args.lam}: {tokens[0]} + {tokens[1]} latent tokens of width {latent_dim}, "
               f"{teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip

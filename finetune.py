@@ -105,7 +105,7 @@ class Args:
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
     val_every: int = 20
-    """One episode in so many is held out for validation; 0 for none. (our choice)"""
+    """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
     """Held-out windows measured at each save. (our choice)"""
     save_every: int = 2000
@@ -121,8 +121,9 @@ class Args:
 
 
 TINY = Args(
-    data="data/tiny", init="runs/tiny/distill", out="runs/tiny/finetune", expert="tiny", latents=(8, 8), batch=8, steps=200,
-    lr=1e-3, min_lr=1e-5, warmup=10, val_every=10, val_samples=64, save_every=50, log_every=10, workers=0, preload=True,
+    data="data/tiny", init="runs/tiny/distill", out="runs/tiny/finetune", expert="tiny", latents=(8, 8), batch=8,
+    steps=200, lr=1e-3, min_lr=1e-5, warmup=10, val_every=15, val_samples=64, save_every=50, log_every=10, workers=0,
+    preload=True,
 )  # fmt: skip
 SMALL = Args(
     data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
@@ -137,7 +138,9 @@ SMALL = Args(
 
 
 class VLA(nn.Module):
-    """The student and its action expert. `forward` works in normalised units; `Policy` speaks metres."""
+    """The student and its action expert. `forward` works in normalised units; `Policy` speaks metres.
+
+    expert: a name of EXPERT_SIZES; chunk: H; cameras: K. Raises InputError for an unknown expert."""
 
     def __init__(self, student: Student, expert: str, chunk: int, cameras: int):
         super().__init__()
@@ -147,10 +150,12 @@ class VLA(nn.Module):
             raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
         text = student.config.text_config
         self.student, self.cameras = student, cameras
+        # Recomputed layers would return no keys and values (transformers turns the cache off).
+        student.vlm.language_model.activation_checkpointing_disable()
+        same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
         config = GemmaConfig(
-            **EXPERT_SIZES[expert], num_hidden_layers=text.num_hidden_layers, num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads, head_dim=text.head_dim, vocab_size=1, pad_token_id=0,
-            rope_parameters=text.rope_parameters, attn_implementation="sdpa",
+            **EXPERT_SIZES[expert], **{k: getattr(text, k) for k in same}, vocab_size=1, pad_token_id=0,
+            attn_implementation="sdpa",
         )  # fmt: skip
         self.expert = GemmaModel._from_config(config, dtype=torch.float32)
         self.expert.embed_tokens = None  # it reads no words
@@ -163,7 +168,8 @@ class VLA(nn.Module):
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
     def freeze_unread(self) -> None:
-        """Excludes from training what no loss of this stage depends on."""
+        """Excludes from training what no loss of this stage depends on: the expert reads keys and values, so nothing
+        behind those of the student's last layer matters."""
         last = self.student.vlm.language_model.layers[-1]
         for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
                        last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
@@ -172,6 +178,7 @@ class VLA(nn.Module):
     def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
         """images uint8 (B, K, 3, H, H), state (B, 46) normalised -> actions (B, H, 44), normalised, gripper columns as
         logits of being open."""
+        assert images.shape[1] == self.cameras, (images.shape, self.cameras)
         embeds, group, valid, positions = self.student.prefix(images, instructions)
         cache = self.student.vlm.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
@@ -187,7 +194,9 @@ class VLA(nn.Module):
 
 
 def build(args: Args, checkpoint: Path | None = None) -> VLA:
-    """The model: around the student that --init names, or with the architecture of a checkpoint, to be filled."""
+    """The model: around the student that --init names, or with the architecture of a checkpoint, to be filled.
+
+    Raises InputError where --init names no student and no PaliGemma, and for an unknown --expert."""
     if checkpoint:
         meta = common.load_meta(checkpoint)
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
@@ -222,17 +231,25 @@ class Policy:
         """images[camera] uint8 (B, H, W, 3), state (B, 46) unified and in physical units, one instruction each.
 
         Returns actions (B, chunk, 44): unified, metres and radians, gripper columns as probabilities of being open.
-        Raises InputError for missing views, wrong shapes, NaN in the state, or an empty instruction."""
-        missing = [c for c in self.cameras if c not in images]
-        if missing:
-            raise InputError(f"the policy was trained with the views {list(self.cameras)}, {missing} are missing")
-        state = np.asarray(state, np.float32)
-        if state.shape != (len(instruction), len(STATE_NAMES)) or not np.isfinite(state).all():
-            raise InputError(f"state must be finite and ({len(instruction)}, {len(STATE_NAMES)}), got {state.shape}")
-        if not all(s.strip() for s in instruction):
-            raise InputError("an instruction is empty")
+        Raises InputError for other views than it was trained with, wrong shapes, NaN in the state, an instruction that
+        is empty or too long, and rather than return an action that is not finite."""
+        if set(images) != set(self.cameras):
+            raise InputError(f"{self.name} was trained with the views {sorted(self.cameras)}, it got {sorted(images)}")
+        if isinstance(instruction, str) or not all(s.strip() for s in instruction):
+            raise InputError(f"one instruction a sample is needed, and none may be empty: got {instruction!r}")
+        b, state = len(instruction), np.array(state, np.float32)
+        if state.shape != (b, len(STATE_NAMES)):
+            raise InputError(f"state must be ({b}, {len(STATE_NAMES)}), as common.STATE_NAMES: got {state.shape}")
+        if not np.isfinite(state).all():
+            bad = np.flatnonzero(~np.isfinite(state).all(0))
+            raise InputError(f"NaN or infinite state: {[STATE_NAMES[i] for i in bad]}; look at the robot's sensors")
+        for camera, image in images.items():
+            if image.ndim != 4 or len(image) != b:
+                raise InputError(f"view {camera} must be ({b}, H, W, 3), one a sample: got {image.shape}")
         m, device = self.model, self.process.device
         pixels = torch.stack([common.prepare_images(images[c], m.student.image_size) for c in self.cameras], 1)
+        for qw in (i for i, n in enumerate(STATE_NAMES) if n.endswith("qw")):
+            state[:, qw - 3 : qw + 1] *= np.where(state[:, qw : qw + 1] < 0, -1, 1)  # w >= 0, as the reader has it
         norm = m.state_norm.normalize(torch.from_numpy(state).to(device))
         norm = torch.where(m.state_mask, norm, 0.0)
         with torch.autocast(device.type, self.process.dtype, enabled=self.process.dtype != torch.float32):
@@ -263,10 +280,11 @@ def load_policy(path: str | Path) -> Policy:
 
 
 def policy_loss(actions: Tensor, target: Tensor, mask: Tensor, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_ee + L_gripper.  actions (logits for grippers), target, mask: (B, H, 44); counts (2,): the numbers of valid
-    entries that the sums are divided by."""
-    ee, gripper = action_terms(actions, target, mask)
-    ee, gripper = ee / counts[0].clamp(min=1), gripper / counts[1].clamp(min=1)
+    """L = L_ee + L_gripper (Sec. 3.3), and its parts.
+
+    actions (logits for grippers), target, mask: (B, H, 44); counts (2,) > 0: what the sums over valid moving dimensions
+    and grippers are divided by, so that the mean can be taken over more than this batch."""
+    ee, gripper = action_terms(actions, target, mask) / counts
     return ee + gripper, {"ee": ee.detach(), "gripper": gripper.detach()}
 
 
@@ -293,11 +311,12 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
         right = (((actions > 0) == (target > 0.5)) & mask)[..., GRIPPERS].sum()
         off = ((actions - target) * mask * windows.action_norms[0].scale.to(actions))[..., xyz].norm(dim=-1)
         moving = mask[..., xyz].any(-1)
-        total += torch.stack([ee, baseline, right.float(), *valid_counts(mask), (off * moving).sum() * 1e3, moving.sum()])
+        off = (off * moving).sum() * 1e3
+        total += torch.stack([ee, baseline, right.float(), *valid_counts(mask), off, moving.sum()])
     model.train()
     ee, baseline, right, n, grippers, off, moving = total.tolist()
-    return {"val_ee": ee / max(n, 1), "val_ee_mean": baseline / max(n, 1), "val_gripper_accuracy": right / max(grippers, 1),
-            "val_millimetres": off / max(moving, 1)}  # fmt: skip
+    return {"val_ee": ee / max(n, 1), "val_ee_mean": baseline / max(n, 1),
+            "val_gripper_accuracy": right / max(grippers, 1), "val_millimetres": off / max(moving, 1)}  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,10 +325,11 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
 
 
 def make_windows(args: Args, image_size: int, split: str) -> Windows:
+    """One frame of each camera and the next `chunk` actions."""
     wanted = {camera: View(camera, 1, image_size) for camera in args.cameras}
     seed = args.seed + (2 if split == "train" else 10_002)
-    return Windows([args.data], wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all", args.val_every,
-                   args.episodes, args.preload)  # fmt: skip
+    return Windows([args.data], wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all",
+                   args.val_every, args.episodes, args.preload)  # fmt: skip
 
 
 def views(batch: dict, args: Args) -> Tensor:
@@ -331,7 +351,7 @@ def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
             y, x = (u[i, j, :2] * (2 * pad + 1)).long().clamp(max=2 * pad).tolist()
             crop = flat[i, j, :, y : y + size, x : x + size]
             mid = crop.mean()
-            out[i, j] = ((crop - mid) * gain[i, j] + mid + bias[i, j]).clamp(0, 255).to(torch.uint8)
+            out[i, j] = ((crop - mid) * gain[i, j] + mid + bias[i, j]).round().clamp(0, 255).to(torch.uint8)
     return out
 
 
@@ -343,7 +363,9 @@ def shard(model: VLA, process: Process) -> None:
 
     policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
     vlm = model.student.vlm
-    for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers, *model.expert.layers]:
+    # The student's last layer stays with the rest: nothing reads its output, which is what FSDP's backward hook waits
+    # for, but the expert reads its keys and values.
+    for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers[:-1], *model.expert.layers]:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 
@@ -356,19 +378,23 @@ def shard(model: VLA, process: Process) -> None:
 def train(args: Args, process: Process) -> None:
     if not 1 <= args.execute <= args.chunk:
         raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
+    if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:
+        raise InputError(f"--cameras {list(args.cameras)}: give one to three different views")
     run, kept = common.open_run(args.out, args, process, args.resume)
-    model = build(args, kept).to(process.device)
+    model = build(args, kept).to(process.device).train()
     size = model.student.image_size
-    windows, held_out = make_windows(args, size, "train"), make_windows(args, size, "val")
+    windows = make_windows(args, size, "train")
+    held_out = make_windows(args, size, "val") if args.val_every else windows
     model.action_norm.load_state_dict(windows.action_norms[0].state_dict())
     model.state_norm.load_state_dict(windows.state_norms[0].state_dict())
-    sample = windows[0]
-    model.action_mask.copy_(torch.tensor([n in windows.readers[0].action_names for n in ACTION_NAMES]))
-    model.state_mask.copy_(sample["state_mask"])
+    reader = windows.readers[0]
+    model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
+    model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
     start = 0
     if kept:
         start = common.load_meta(kept)["step"]
+        distill.check_resume(kept, windows)
         common.load_weights(model, kept)
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
@@ -397,7 +423,8 @@ def train(args: Args, process: Process) -> None:
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
         # As in lam.py: each rank's share of the global count makes the loss a mean over all valid entries.
-        counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)) / process.world
+        counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)).clamp(min=1)
+        counts = counts / (process.world * args.accumulate)
         totals: dict[str, Tensor] = {}
         for batch in batches:
             images = views(batch, args)
@@ -406,9 +433,9 @@ def train(args: Args, process: Process) -> None:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 actions = model(images, batch["state"], batch["instruction"])
                 loss, parts = policy_loss(actions, batch["action"], batch["action_mask"], counts)
-            loss.backward()
+            (loss / args.accumulate).backward()
             for k, v in parts.items():
-                totals[k] = totals.get(k, 0) + v
+                totals[k] = totals.get(k, 0) + v / args.accumulate
         norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if torch.isfinite(norm):

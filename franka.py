@@ -34,6 +34,8 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import signal
+import threading
 import time
 import weakref
 from collections import deque
@@ -60,6 +62,9 @@ HOME = np.array([0.0, -0.35, 0.0, -2.3, 0.0, 1.95, 0.785])  # rad, pointing down
 # Pull towards HOME in the null space. Joint 3 needs it most: it and joint 1 are nearly parallel above a table, and the
 # elbow would wander off sideways.
 POSTURE = np.array([0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02])
+# The joint servos' damping (N m s/rad). The shipped ten times critical damping makes a wrist lose a third of a tick
+# whenever it starts to move: its torque limit of 12 N m is spent on the damping.
+DAMPING = (150, 150, 120, 120, 40, 40, 40)
 DOWN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion of a tool that points down
 OPEN, CLOSED = 1.0, 0.0
 GL_HELP = "install a headless GL library: `apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
@@ -95,13 +100,13 @@ class Args:
     """Record that many successful demonstrations of each task instead of running trials (Sec. 4.4: 100 a task)."""
     workers: int = 2
     """Processes that simulate and render while recording; the data set does not depend on it (our choice)."""
-    out: str = "runs/franka"
+    out: str = "runs/paper/franka"
     """Where to write: trials into <out>/<task>; a recording into <out> itself, or <out>/demos if --out is not given."""
     resume: bool = False
     """Go on in a folder that already holds results or episodes (our choice)."""
 
 
-TINY = Args(trials=2, seconds=6, image_size=64, out="runs/tiny/franka")
+TINY = Args(trials=2, image_size=64, out="runs/tiny/franka")
 SMALL = Args(image_size=64, out="runs/small/franka")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -150,7 +155,6 @@ class Cameras:
         mj.mjr_readPixels(self.pixels, None, mj.MjrRect(0, 0, len(self.ids) * size, size), self.gl)
         flipped = self.pixels[::-1]
         return {name: flipped[:, i * size : (i + 1) * size].copy() for i, name in enumerate(self.ids)}
-
 
 
 def _free_gl(gl, context) -> None:
@@ -229,19 +233,18 @@ class SimFranka:
         spec.visual.quality.offsamples = 0 if image_size <= 128 and look == "capsule" else 4
         spec.visual.quality.shadowsize = 1024 if look == "mesh" else 0  # the default of 4096 is 7 times slower on a CPU
         self.task.build(spec.worldbody, spec)
-        for i in range(3):
-            body = spec.worldbody.add_body(name=f"distractor{i}", pos=(0, 0, -1 - i))
-            kind, size = [("box", (0.02, 0.03, 0.015)), ("cylinder", (0.02, 0.02)), ("sphere", (0.022,))][i]
-            _geom(body, kind, size, rgba=(0.5, 0.5, 0.5, 1), name=f"distractor{i}")
+        for i, (kind, size) in enumerate(DISTRACTORS):
+            _geom(spec.worldbody.add_body(name=f"distractor{i}"), kind, size, name=f"distractor{i}")
         camera, aim = self.task.camera
         spec.worldbody.add_camera(name="primary", pos=camera, quat=_look_at(camera, aim), fovy=37)
         self.model = spec.compile()
         self.data, self.scratch = mujoco.MjData(self.model), mujoco.MjData(self.model)
         self.tool = self.model.site("tool").id
         self.owners, self.known_contacts = self._owners(), {}
-        self.default = {k: getattr(self.model, k).copy() for k in ("cam_pos", "cam_quat", "light_dir", "light_diffuse")}
-        self.table = self.model.geom("table").id
+        varied = ("cam_pos", "cam_quat", "light_dir", "light_diffuse", "geom_rgba")
+        self.default = {key: getattr(self.model, key).copy() for key in varied}
         self.jacobian = np.zeros((6, self.model.nv))
+        self.lead = np.array(DAMPING) / self.model.actuator_gainprm[:7, 0] * HZ  # ticks by which a servo trails
         self.cameras = None
         if image_size:
             self.cameras = Cameras(self.model, ("primary", "wrist"), image_size, shadows=look == "mesh")
@@ -256,19 +259,20 @@ class SimFranka:
         mj, model, data = self.mj, self.model, self.data
         entropy = [seed, list(TASKS).index(self.task.name), trial]
         rng = np.random.default_rng(np.random.SeedSequence(entropy))
+        self._plain()
         for _ in range(200):
             mj.mj_resetData(model, data)
             start = np.array([0.42, 0.0, 0.28]) + rng.uniform(-0.03, 0.03, 3)
             data.qpos[:7] = self.joints = self._solve(start, _quat(yaw=rng.uniform(-0.1, 0.1)), HOME, limit=np.inf)
             data.qpos[7:9] = MAX_OPENING / 2
             self.task.place(self, rng)
-            self._vary(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(1,))))
             mj.mj_forward(model, data)
-            # Only the table may touch anything at the start.
-            if all("table" in pair for pair in self.contacts()):
+            if all("table" in pair for pair in self.contacts()):  # nothing else may touch at the start
                 break
         else:
             raise RuntimeError(f"no placement without contact for {self.task.name}, seed {seed}, trial {trial}")
+        if self.variation:
+            self._vary(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(1,))))
         data.ctrl[:7], data.ctrl[7] = self.joints, MAX_OPENING / 2
         mj.mj_step(model, data, SUBSTEPS)  # objects come to rest
         self.instruction, self.seconds, self.touched = self.task.instruction, 0.0, set()
@@ -309,16 +313,16 @@ class SimFranka:
         change = self.joints - before
         data.ctrl[7] = MAX_OPENING / 2 if gripper > 0.5 else 0.0
         for i in range(SUBSTEPS):
-            # The servo's damping (kv/kp = 0.1 s) would make the arm trail by a tick: feeding the velocity forward, i.e.
-            # leading the position by one tick, removes the lag.
-            data.ctrl[:7] = before + change * ((i + 1) / SUBSTEPS + 1)
+            # The servos' damping makes the arm trail: feeding the velocity forward, i.e. leading, removes the lag.
+            data.ctrl[:7] = before + change * ((i + 1) / SUBSTEPS + self.lead)
             self.mj.mj_step(self.model, data)
             if self.task.watch:
                 self.touched |= self.contacts()
         self.seconds += 1 / HZ
 
     def _solve(self, position, quaternion, joints, limit: float) -> np.ndarray:
-        """Inverse kinematics by damped least squares, started from `joints` (7,), with a pull to HOME in the null space. No joint moves by more than `limit` (rad); the direction in joint space is kept."""
+        """Inverse kinematics by damped least squares, started from `joints` (7,), with a pull to HOME in the null
+        space. No joint moves by more than `limit` (rad); the direction in joint space is kept."""
         mj, model, data, start = self.mj, self.model, self.scratch, np.array(joints)
         low, high = model.jnt_range[:7].T
         q, target = start.copy(), np.empty(4)
@@ -384,61 +388,47 @@ class SimFranka:
         return self.data.ctrl[7] > 0 and not self.touching(body, "robot")
 
     def _owners(self) -> list[tuple[str, ...]]:
+        """For each geom, the names that `contacts` gives it."""
         model, owners = self.model, []
-        for geom in range(model.ngeom):
-            body = model.geom_bodyid[geom]
+        for body in model.geom_bodyid:
             name, root = model.body(body).name, model.body(model.body_rootid[body]).name
-            if body == 0:
-                owners.append(("table",))
-            elif root == "base":
-                owners.append(("robot", name) if name.endswith("finger") else ("robot",))
-            else:
-                owners.append((root,))
+            finger = (name,) if name.endswith("finger") else ()
+            owners.append(("table",) if body == 0 else ("robot", *finger) if root == "base" else (root,))
         return owners
 
-    def _vary(self, rng: np.random.Generator) -> None:
-        """Mild variation of light, cameras and table, and distractors, from a stream that leaves placements alone."""
+    def _plain(self) -> None:
+        """Undoes `_vary`: light, cameras and table as built, the distractors out of sight."""
         for key, value in self.default.items():
             getattr(self.model, key)[:] = value
-        self.model.geom_rgba[self.table] = TABLE_COLOUR
-        for i in range(3):
+        for i in range(len(DISTRACTORS)):
             self.place(f"distractor{i}", (0, 0, -1 - i))
-        if not self.variation:
-            return
-        model = self.model
+
+    def _vary(self, rng: np.random.Generator) -> None:
+        """Mild variation of light, cameras and table, and up to three distractors at least 10 cm off everything."""
+        model, data = self.model, self.data
         model.light_dir[0] += rng.uniform(-0.25, 0.25, 3)
         model.light_diffuse[0] *= rng.uniform(0.7, 1.25)
-        model.geom_rgba[self.table, :3] += rng.uniform(-0.08, 0.08, 3)
-        for camera in range(model.ncam):
-            model.cam_pos[camera] += rng.uniform(-0.012, 0.012, 3)
-            model.cam_quat[camera] += rng.uniform(-0.008, 0.008, 4)
-            model.cam_quat[camera] /= np.linalg.norm(model.cam_quat[camera])
-        for i in range(rng.integers(0, 4)):
-            self.mj.mj_forward(model, self.data)
-            height = model.geom(f"distractor{i}").size[1 if i == 1 else 2 if i == 0 else 0]
-            model.geom(f"distractor{i}").rgba[:3] = rng.uniform(0.15, 0.85, 3)
-            for _ in range(20):
-                self.place(f"distractor{i}", (rng.uniform(0.3, 0.75), rng.uniform(-0.4, 0.4), height))
-                self.mj.mj_kinematics(model, self.data)
-                if self._clearance(f"distractor{i}") > 0.1:
+        model.geom_rgba[model.geom("table").id, :3] += rng.uniform(-0.08, 0.08, 3)
+        model.cam_pos += rng.uniform(-0.012, 0.012, model.cam_pos.shape)
+        model.cam_quat += rng.uniform(-0.008, 0.008, model.cam_quat.shape)
+        model.cam_quat /= np.linalg.norm(model.cam_quat, axis=1, keepdims=True)
+        for i in range(rng.integers(0, len(DISTRACTORS) + 1)):
+            near = (data.geom_xpos[:, 2] > -0.2) & (data.geom_xpos[:, 2] < 0.3) & (model.geom_bodyid > 0)
+            things, radii = data.geom_xpos[near, :2], model.geom_rbound[near]
+            for spot in rng.uniform((0.3, -0.4), (0.75, 0.4), (20, 2)):
+                if (np.linalg.norm(things - spot, axis=1) - radii).min() > 0.1:
+                    self.place(f"distractor{i}", (*spot, DISTRACTORS[i][1][-1]))
                     break
-            else:
-                self.place(f"distractor{i}", (0, 0, -1 - i))
-
-    def _clearance(self, name: str) -> float:
-        """Horizontal distance (m) from a thing's centre to the nearest bounding sphere of another near the table."""
-        geom, model, data = self.model.geom(name).id, self.model, self.data
-        other = (np.arange(model.ngeom) != geom) & (data.geom_xpos[:, 2] > -0.2) & (data.geom_xpos[:, 2] < 0.3)
-        other[self.table] = False
-        apart = np.linalg.norm(data.geom_xpos[other, :2] - data.geom_xpos[geom, :2], axis=1)
-        return float((apart - model.geom_rbound[other]).min())
+            model.geom(f"distractor{i}").rgba[:3] = rng.uniform(0.15, 0.85, 3)
+            self.mj.mj_kinematics(model, data)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The scene: arm, table, light
 # --------------------------------------------------------------------------------------------------------------------
 
-TABLE_COLOUR = (0.62, 0.52, 0.42, 1)
+# What --variation may add: kind and size (m), the last number being the height of the centre above the table.
+DISTRACTORS = (("box", (0.02, 0.03, 0.015)), ("cylinder", (0.02, 0.02)), ("sphere", (0.022,)))
 # The capsule look: link -> (from, to, radius), in the link's frame (m).
 CAPSULES = {
     "fr3_link0": [((-0.06, 0, 0.03), (0, 0, 0.14), 0.07)],
@@ -494,12 +484,14 @@ def _arm(look: str):
     hand.add_site(name="tool", pos=(0, 0, 0.1034), quat=(0, 1, 0, 0))
     eye = np.array([-0.1, 0, 0.045])
     hand.add_camera(name="wrist", pos=eye, quat=_look_at(eye, (0, 0, 0.13), up=(1, 0, 0)), fovy=72)
+    for servo, damping in zip(spec.actuators[:7], DAMPING, strict=True):
+        servo.biasprm[2] = -damping
     grip = spec.actuator("hand")  # the shipped kp of 100 N/m lets everything slip
     grip.inheritrange = 0
     grip.ctrlrange, grip.forcerange = (0, MAX_OPENING / 2), (-140, 140)
     grip.gainprm[:1], grip.biasprm[:3] = [2000], [0, -2000, -100]
     world = spec.worldbody
-    _geom(world, "plane", (4, 4, 0.1), rgba=TABLE_COLOUR, name="table")
+    _geom(world, "plane", (4, 4, 0.1), rgba=(0.62, 0.52, 0.42, 1), name="table")
     light = world.add_light(pos=(0.6, -0.6, 2), dir=(-0.15, 0.3, -1), diffuse=(0.5, 0.5, 0.5), specular=(0.1, 0.1, 0.1))
     light.type, light.castshadow = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, look == "mesh"
     spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45, 0.45, 0.45), (0.2, 0.2, 0.2)
@@ -584,6 +576,16 @@ def hold(sim, gripper, phase, ticks) -> Iterator[Command]:
         yield Command(position, quaternion, gripper, phase, False)
 
 
+def grasp(sim, position, quaternion, thing: str, lift: float, speed=0.2) -> Iterator[Command]:
+    """From above down to a pose, closes around `thing` ("the cup"), and lifts it by `lift` (m) at `speed` (m/s)."""
+    above, around = np.add(position, (0, 0, 0.1)), f"the gripper around {thing}"
+    yield from reach(sim, above, quaternion, OPEN, f"move above {thing}", tolerance=0.007)
+    yield from reach(sim, position, quaternion, OPEN, f"lower {around}", 0.2, free=False)
+    yield from hold(sim, CLOSED, f"close {around}", 5)
+    up = np.add(position, (0, 0, lift))
+    yield from reach(sim, up, quaternion, CLOSED, f"lift {thing}", speed, 0.01, free=False)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The five tasks (Sec. 4.4)
 # --------------------------------------------------------------------------------------------------------------------
@@ -599,7 +601,7 @@ class Task:
     name = ""
     limit = 10.0  # s
     watch = False  # whether contacts are collected at every physics step, in sim.touched
-    camera = ((1.0, -0.4, 0.5), (0.46, 0.0, 0.12))  # primary camera: where it stands, where it looks
+    camera = ((1.0, -0.4, 0.5), (0.46, 0.0, 0.11))  # primary camera: where it stands, where it looks
     instruction = ""
 
     def build(self, world, spec) -> None: ...
@@ -655,12 +657,7 @@ class PickCup(Task):
 
     def expert(self, sim):
         cup = f"the {self.target} cup"
-        spot = sim.where(self.target)[0]
-        above, grasp = spot + (0, 0, 0.13), spot + (0, 0, 0.01)
-        yield from reach(sim, above, DOWN, OPEN, f"move above {cup}", tolerance=0.008)
-        yield from reach(sim, grasp, DOWN, OPEN, f"lower the open gripper around {cup}", 0.2, free=False)
-        yield from hold(sim, CLOSED, f"close the gripper around {cup}", 6)
-        yield from reach(sim, spot + (0, 0, 0.16), DOWN, CLOSED, f"lift {cup}", 0.2, free=False)
+        yield from grasp(sim, sim.where(self.target)[0] + (0, 0, 0.01), DOWN, cup, 0.15)
         yield from hold(sim, CLOSED, f"hold {cup} up", 20)
 
 
@@ -694,16 +691,12 @@ class BlockSlot(Task):
             return True, ""
         if inside:
             return None, "the block was not released"
-        return None, f"the block is {1000 * away:.0f} mm from the slot's centre and {1000 * above:.0f} mm above its floor"
+        return None, f"the block is {1000 * away:.0f} mm beside the slot and {1000 * above:.0f} mm above its floor"
 
     def expert(self, sim):
         (block, turned), (slot, aligned) = sim.where("block"), sim.where("board")
         yaw, goal = _fold(turned.as_euler("xyz")[2]), _fold(aligned.as_euler("xyz")[2])
-        grasp = block + (0, 0, 0.014)
-        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the block", tolerance=0.006)
-        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the block", 0.2, free=False)
-        yield from hold(sim, CLOSED, "close the gripper around the block", 5)
-        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), CLOSED, "lift the block", tolerance=0.01)
+        yield from grasp(sim, block + (0, 0, 0.014), _quat(yaw), "the block", 0.1)
         for height, phase, free, tolerance in (
             (0.12, "move the block above the slot", True, 0.002),
             (self.half[2] + 0.004, "lower the block into the slot", False, 0.0025),
@@ -722,7 +715,7 @@ class Oven(Task):
     """What the two oven tasks share: an oven that opens towards the robot, its door hinged at the bottom. The oven's
     frame has its origin at the foot of the opening, x going in and z up."""
 
-    camera = ((0.12, -0.74, 0.52), (0.56, 0.0, 0.1))  # from the side: from the front the oven shows its back
+    camera = ((0.12, -0.74, 0.52), (0.56, -0.01, 0.09))  # from the side: from the front the oven shows its back
     inside = np.array([0.2, 0.26, 0.16])  # m: depth, width, height
     hinge = 0.012  # m above the table
 
@@ -738,7 +731,8 @@ class Oven(Task):
         joint = door.add_joint(name="door", axis=(0, -1, 0), range=(0, 1.5), damping=(0.1, 0, 0), frictionloss=1.2)
         joint.solimp_friction[:2] = 0.9999, 0.9999  # stiff dry friction: a half open door stays where it is
         _geom(door, "box", (w, width, height), (-w, 0, height), (0.85, 0.45, 0.12, 1), mass=0.3)
-        _geom(door, "box", (0.002, 0.8 * width, 0.45 * height), (-2 * w, 0, 0.9 * height), (0.1, 0.1, 0.12, 1), visual=True)
+        pane = (0.002, 0.8 * width, 0.45 * height)
+        _geom(door, "box", pane, (-2 * w, 0, 0.9 * height), (0.1, 0.1, 0.12, 1), visual=True)
         spec.add_exclude(bodyname1="oven", bodyname2="door")
 
     def place_oven(self, sim, rng, low, high, yaw: float, angle: float) -> None:
@@ -768,9 +762,8 @@ class CloseOven(Oven):
         """A point near the middle of the door's upper edge at a door angle: `away` on the robot's side, `below` it."""
         oven, turned = sim.where("oven")
         length = self.inside[2]
-        return oven + turned.apply(
-            [-length * np.sin(angle) - away, 0, self.hinge + length * np.cos(angle) - below]
-        )  # fmt: skip
+        x, z = -length * np.sin(angle) - away, self.hinge + length * np.cos(angle) - below
+        return oven + turned.apply([x, 0, z])
 
     def expert(self, sim):
         door, yaw = sim.data.joint("door"), sim.where("oven")[1].as_euler("xyz")[2]
@@ -782,7 +775,7 @@ class CloseOven(Oven):
 
         start, facing = behind(door.qpos[0], 0.06, 0.03)
         yield from reach(sim, start + (0, 0, 0.12), facing, CLOSED, "move in front of the oven door", tolerance=0.01)
-        yield from reach(sim, start, facing, CLOSED, "lower the closed gripper behind the door's edge", 0.2, 0.005, False)
+        yield from reach(sim, start, facing, CLOSED, "lower the gripper behind the door's edge", 0.2, 0.005, False)
         for _ in range(80):
             goal, facing = behind(max(door.qpos[0] - 0.15, -0.15), 0.012, 0.03)
             yield from reach(sim, goal, facing, CLOSED, "push the oven door shut", 0.15, 0.0, False, 1)
@@ -802,9 +795,10 @@ class DipBrush(Task):
         bowl, side = _free(world, "bowl"), 2 * np.pi / 10
         _geom(bowl, "cylinder", (self.radius, 0.004), (0, 0, 0.004), (0.2, 0.35, 0.75, 1), mass=0.4)
         _geom(bowl, "cylinder", (self.radius - 0.001, 0.001), (0, 0, 0.014), (0.75, 0.08, 0.05, 1), visual=True)
+        pane = (0.004, self.radius * np.tan(side / 2) + 0.002, 0.016)
         for angle in side * np.arange(10):
             at = (self.radius * np.cos(angle), self.radius * np.sin(angle), 0.02)
-            _geom(bowl, "box", (0.004, self.radius * np.tan(side / 2) + 0.002, 0.016), at, (0.2, 0.35, 0.75, 1), 0.01, angle)
+            _geom(bowl, "box", pane, at, (0.2, 0.35, 0.75, 1), 0.01, angle)
 
     def place(self, sim, rng):
         sim.place("brush", (*rng.uniform((0.4, -0.2), (0.48, -0.06)), 0.008), rng.uniform(-0.5, 0.5))
@@ -830,11 +824,8 @@ class DipBrush(Task):
     def expert(self, sim):
         (brush, turned), bowl = sim.where("brush"), sim.where("bowl")[0]
         yaw, pitch = turned.as_euler("xyz")[2], 0.75
-        grasp = brush + turned.apply([self.grip, 0, 0]) + (0, 0, 0.003)
-        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the brush's handle", tolerance=0.006)
-        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the brush's handle", 0.2, free=False)
-        yield from hold(sim, CLOSED, "close the gripper around the brush's handle", 5)
-        yield from reach(sim, grasp + (0, 0, 0.12), _quat(yaw), CLOSED, "lift the brush", 0.2, 0.01)
+        handle = brush + turned.apply([self.grip, 0, 0]) + (0, 0, 0.003)
+        yield from grasp(sim, handle, _quat(yaw), "the brush's handle", 0.12)
         tilted = _quat(yaw / 2, pitch)
         for height, phase, speed, free in (
             (0.09, "move the brush above the bowl", 0.2, True),
@@ -846,7 +837,8 @@ class DipBrush(Task):
             target = np.array([*bowl[:2], height]) - Rotation.from_quat(tilted).apply(offset)
             yield from reach(sim, target, tilted, CLOSED, phase, speed, 0.004, free)
         yield from hold(sim, CLOSED, "dip the brush in the sauce", 2)
-        yield from reach(sim, sim.pose()[0] + (0, 0, 0.1), tilted, CLOSED, "lift the brush out of the sauce", 0.2, free=False)
+        out = sim.pose()[0] + (0, 0, 0.1)
+        yield from reach(sim, out, tilted, CLOSED, "lift the brush out of the sauce", 0.2, free=False)
 
 
 class PotOven(Oven):
@@ -862,7 +854,8 @@ class PotOven(Oven):
         pot = _free(world, "pot")
         _geom(pot, "cylinder", (self.radius, self.half), rgba=(0.75, 0.12, 0.12, 1), mass=0.15)
         _geom(pot, "cylinder", (self.radius - 0.006, 0.001), (0, 0, self.half), (0.15, 0.12, 0.1, 1), visual=True)
-        _geom(pot, "box", (0.07, 0.009, 0.008), (-self.radius - 0.065, 0, self.handle), (0.12, 0.12, 0.14, 1), mass=0.03)
+        grip = (-self.radius - 0.065, 0, self.handle)
+        _geom(pot, "box", (0.07, 0.009, 0.008), grip, (0.12, 0.12, 0.14, 1), mass=0.03)
 
     def place(self, sim, rng):
         self.place_oven(sim, rng, (0.6, 0.08), (0.64, 0.16), 0.12, 1.5)
@@ -882,11 +875,8 @@ class PotOven(Oven):
     def expert(self, sim):
         (pot, turned), (oven, facing) = sim.where("pot"), sim.where("oven")
         yaw, goal = turned.as_euler("xyz")[2], facing.as_euler("xyz")[2]
-        grasp = pot + turned.apply([-self.grip, 0, self.handle])
-        yield from reach(sim, grasp + (0, 0, 0.1), _quat(yaw), OPEN, "move above the pot's handle", tolerance=0.006)
-        yield from reach(sim, grasp, _quat(yaw), OPEN, "lower the open gripper around the pot's handle", 0.2, free=False)
-        yield from hold(sim, CLOSED, "close the gripper around the pot's handle", 5)
-        yield from reach(sim, grasp + (0, 0, 0.14), _quat(yaw), CLOSED, "lift the pot", 0.1, free=False)
+        handle = pot + turned.apply([-self.grip, 0, self.handle])
+        yield from grasp(sim, handle, _quat(yaw), "the pot's handle", 0.14, speed=0.1)
         for x, z, phase, speed, free in (
             (-0.1, 0.1, "move the pot in front of the oven", 0.2, True),
             (0.085, 0.06, "move the pot into the oven", 0.12, False),
@@ -899,9 +889,7 @@ class PotOven(Oven):
         yield from reach(sim, up, _quat(goal), OPEN, "move up and away", 0.2, free=False)
 
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (PickCup, BlockSlot, CloseOven, DipBrush, PotOven)
-}  # fmt: skip
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PickCup, BlockSlot, CloseOven, DipBrush, PotOven)}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Policies
@@ -950,20 +938,24 @@ class ChunkPolicy:
 
 
 def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
-    """`expert`, a folder written by finetune.py, or "": the best fine-tuned policy present, else the expert."""
+    """`expert`, a folder written by finetune.py, or "": the best fine-tuned policy present, else the expert.
+
+    Raises InputError for a folder without a policy, and for one trained at another rate."""
     if path == "expert":
         return ExpertPolicy()
     if not path:
-        present = [p for p in (f"runs/{preset}/finetune" for preset in ("paper", "small", "tiny")) if Path(p).is_dir()]
-        if not present:
+        runs = [Path("runs") / preset / "finetune" for preset in ("paper", "small", "tiny")]
+        path = next((str(run) for run in runs if common.checkpoints(run)), "")
+        if not path:
             print("no fine-tuned policy in runs/: the scripted expert shows the task (it looks into the simulator)")
             return ExpertPolicy()
-        path = present[0]
-    elif not Path(path).is_dir():
-        raise InputError(f"no policy at {path}: run `python finetune.py --tiny` first, or give --policy expert")
+        print(f"policy: {path}")
     import finetune
 
-    return ChunkPolicy(finetune.load_policy(path), path)
+    policy = finetune.load_policy(path)
+    if policy.hz != HZ:
+        raise InputError(f"{path} was trained at {policy.hz} Hz, the robot runs at {HZ}: train with --hz {HZ}")
+    return ChunkPolicy(policy, path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1129,6 +1121,17 @@ def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, s
 _robots: dict[tuple, SimFranka] = {}  # of a worker process: building one takes longer than an episode
 
 
+def _begin_work() -> None:
+    """A worker leaves Ctrl-C to the main process, and never outlives it, even if that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def leave() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def _work(task: str, image_size: int, look: str, variation: bool, trial: int, seed: int) -> tuple[dict | None, str]:
     key = (task, image_size, look, variation)
     if key not in _robots:
@@ -1154,7 +1157,7 @@ def record(args: Args) -> dict[str, float]:
     failures: dict[str, list[str]] = {task: [] for task in tasks}
     ahead = max(2, 3 * args.workers // len(tasks))  # trials of a task under way at a time
     # Spawned, not forked: a GL context does not survive a fork.
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _begin_work)
 
     def episodes(task: str) -> Iterator[dict]:
         queue: deque = deque()

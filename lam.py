@@ -37,6 +37,7 @@ Where we depart from the paper, or fill in what it does not say:
  8. Weight decay 0.01 and gradient clipping at 1 are ours.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,14 +56,15 @@ from common import GRIPPERS, MOTION, InputError, Process, View, Windows
 # Shapes: B batch, T frames, A = T-1 action steps, L text positions, N latent tokens (Ns scene, Nm motion), D their
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
 
-SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights, on 8 x 8 pixel patches (our choice)
+SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights (our choice)
+    # Patches of 4 x 4 and 6 x 6 pixels: velocity contains the noise, so a token must be wider than its patch has channels.
     "sana-tiny": dict(
         num_layers=2, num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
-        cross_attention_head_dim=32, cross_attention_dim=128, in_channels=192, out_channels=192, sample_size=8,
+        cross_attention_head_dim=32, cross_attention_dim=128, in_channels=48, out_channels=48, sample_size=16,
     ),
     "sana-small": dict(
         num_layers=4, num_attention_heads=8, attention_head_dim=32, num_cross_attention_heads=4,
-        cross_attention_head_dim=64, cross_attention_dim=256, in_channels=192, out_channels=192, sample_size=12,
+        cross_attention_head_dim=64, cross_attention_dim=256, in_channels=108, out_channels=108, sample_size=16,
     ),
 }  # fmt: skip
 FLOW_SHIFT = 3.0  # SANA's own: more training on high noise
@@ -129,7 +131,7 @@ class Args:
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more arithmetic. (our choice)"""
     val_every: int = 20
-    """One episode in so many is held out for validation. (our choice)"""
+    """One episode in so many is held out for validation; 0 for none: then it is measured on all. (our choice)"""
     val_samples: int = 64
     """Held-out windows measured at each save. (our choice)"""
     save_every: int = 1000
@@ -147,7 +149,7 @@ class Args:
 TINY = Args(
     data=("data/tiny",), out="runs/tiny/lam", encoder="internvl-tiny", decoder="sana-tiny", freeze_vision=False,
     frames=8, image_size=64, scene_tokens=8, motion_tokens=8, latent_dim=128, motion_width=128, motion_heads=4,
-    batch=8, accumulate=1, steps=200, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=10,
+    batch=8, accumulate=1, steps=200, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15,
     val_samples=64, save_every=50, log_every=10, workers=0, preload=True,
 )  # fmt: skip
 SMALL = Args(
@@ -352,12 +354,13 @@ class LAM(nn.Module):
 
 
 class PixelCodec:
-    """An exactly invertible stand-in for the image autoencoder: 8 x 8 pixels become 192 channels in [-1, 1]."""
+    """An exactly invertible stand-in for the image autoencoder: f x f pixels become 3 f^2 channels in [-1, 1]."""
 
-    factor = 8
+    def __init__(self, factor: int = 4):
+        self.factor = factor
 
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float (B, 192, H/8, W/8)."""
+        """uint8 (B, 3, H, W) -> float (B, 3 f^2, H/f, W/f)."""
         return F.pixel_unshuffle(images.float() / 127.5 - 1, self.factor)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -403,7 +406,9 @@ def load_part(kind: type, source: str, subfolder: str, dtype: torch.dtype) -> nn
 
 def load_codec(decoder: str, process: Process) -> PixelCodec | DeepCodec:
     """The image codec that belongs to a decoder. Raises InputError where the weights cannot be found."""
-    return PixelCodec() if decoder in SANA_SIZES else DeepCodec(decoder, process.device, process.dtype)
+    if decoder in SANA_SIZES:
+        return PixelCodec(math.isqrt(SANA_SIZES[decoder]["in_channels"] // 3))
+    return DeepCodec(decoder, process.device, process.dtype)
 
 
 def build(args: Args, checkpoint: Path | None = None) -> LAM:
@@ -568,8 +573,8 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
 def make_windows(args: Args, split: str) -> Windows:
     views = {"video": View(args.camera, args.frames, args.image_size)}
     seed = args.seed if split == "train" else args.seed + 10_000
-    return Windows(args.data, views, args.frames - 1, args.hz, seed, args.weights, split, args.val_every,
-                   preload=args.preload)  # fmt: skip
+    return Windows(args.data, views, args.frames - 1, args.hz, seed, args.weights, split if args.val_every else "all",
+                   args.val_every, preload=args.preload)  # fmt: skip
 
 
 def shard(model: LAM, process: Process) -> None:

@@ -47,8 +47,8 @@ def renders(size: int, look: str, seconds: float = 2.0) -> float:
 
 def main() -> None:
     args = common.parse_args(Args, {}, __doc__)
-    print(f"recording {args.episodes} episodes a task, {args.image_size} px, {args.workers} workers, capsules, no shadows")
-    print(f"{'task':12s} {'episodes/s':>10s} {'with start':>10s} {'frames/s':>9s} {'pairs/s':>8s} {'frames/episode':>14s}")
+    print(f"{args.episodes} episodes a task, {args.image_size} px, {args.workers} workers, capsules, no shadows")
+    print(f"{'task':12s} {'episodes/s':>10s} {'with start':>10s} {'frames/s':>9s} {'pairs/s':>8s} {'frames/ep':>9s}")
     for task in args.tasks:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
             asked = franka.Args(
@@ -58,7 +58,7 @@ def main() -> None:
         frames = r["frames"] / r["episodes"]
         print(
             f"{task:12s} {r['rate']:10.1f} {r['episodes'] / r['seconds']:10.1f} {r['rate'] * frames:9.0f} "
-            f"{r['rate'] * frames:8.0f} {frames:14.1f}"
+            f"{r['rate'] * frames:8.0f} {frames:9.1f}"
         )
     print("\nrendering alone, one process: camera pairs a second")
     for look in ("capsule", "mesh"):

@@ -1,12 +1,17 @@
 """Shared by test_lam.py and test_train.py: a small synthetic data set, and running a stage as a user does."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import common
 
@@ -32,7 +37,8 @@ def make_data(root: Path, episodes: int = 8, length: int = 14, size: int = 64) -
                 action[t, :2], state[t, :2] = step / 100, position / 100
                 position = position + step
             subtasks = ["move to the square" if t < 2 * n // 3 else "let go of it" for t in range(n)]
-            writer.add_episode({"primary": frames, "wrist": frames[:, ::-1].copy()}, action, state, TASKS[e % 2], subtasks)
+            views = {"primary": frames, "wrist": frames[:, ::-1].copy()}
+            writer.add_episode(views, action, state, TASKS[e % 2], subtasks)
     return root
 
 
@@ -53,8 +59,56 @@ def run(*args: object, ranks: int = 1, code: int | None = 0, timeout: float = 24
     done = subprocess.run(
         command(*args, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
     )
-    assert code is None or done.returncode == code, f"exit {done.returncode}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert code is None or done.returncode == code, f"exit {done.returncode}: {done.stdout[-999:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def start(*args: object, before: Callable[[], None] | None = None, env: dict[str, str] | None = None, log=None) -> int:
+    """Starts `python SCRIPT ARGS` as a process of its own, forked from this one: what it imports is here already, which
+    saves some seconds. `before` runs in it first. Returns its process id; its output goes to the file `log`."""
+    module = importlib.import_module(Path(str(args[0])).stem)
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        out = log.fileno() if log else os.open(os.devnull, os.O_WRONLY)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        sys.stdout, sys.stderr = (os.fdopen(k, "w", buffering=1, closefd=False) for k in (1, 2))
+        os.chdir(ROOT)
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
+        torch.set_num_threads(1)
+        sys.argv = [str(a) for a in args]
+        if before:
+            before()
+        common.run_main(module.main)
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def forked(*args: object, before: Callable[[], None] | None = None, code: int | None = 0) -> tuple[int, str]:
+    """Runs a script in a forked process to its end: (exit code, negative for a signal; all that it printed)."""
+    with tempfile.TemporaryFile("w+") as log:
+        status = os.waitstatus_to_exitcode(os.waitpid(start(*args, before=before, log=log), 0)[1])
+        log.seek(0)
+        text = log.read()
+    assert code is None or status == code, f"exit {status}: {text[-4000:]}"
+    return status, text
+
+
+def forked_ranks(*args: object, ranks: int = 2) -> None:
+    """The same script as several ranks, as torchrun would start them."""
+    env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
+    with tempfile.TemporaryFile("w+") as log:
+        pids = [start(*args, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, log=log) for r in range(ranks)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        log.seek(0)
+        assert codes == [0] * ranks, f"exit {codes}: {log.read()[-4000:]}"
 
 
 def metrics(run_folder: Path) -> list[dict]:

@@ -1,0 +1,84 @@
+"""Shared by all tests: where the recordings are, and small data sets made by our own writer."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the internet
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from scipy.spatial.transform import Rotation  # noqa: E402
+
+import common  # noqa: E402
+
+RECORDINGS = ROOT.parent / "shared/recordings"
+
+
+def recording(name: str) -> Path:
+    path = RECORDINGS / name
+    if not path.exists():
+        pytest.skip(f"the recording {path} is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bridge() -> Path:
+    """Real WidowX episodes, RLDS."""
+    return recording("bridge_rlds/1.0.0")
+
+
+@pytest.fixture(scope="session")
+def sim_pick_place() -> str:
+    """A simulated Franka, LeRobot v2.1, as a source with its mapping."""
+    return f"{recording('sim_pick_place_lerobot_v21')}@sim_pick_place"
+
+
+@pytest.fixture(scope="session")
+def process() -> common.Process:
+    return common.Process(0, 1, torch.device("cpu"), torch.float32)
+
+
+def make_episode(seed: int, n: int = 24, size: int = 32) -> dict:
+    """A random walk whose commands overshoot the next measured pose, as those of a lagging controller do. Its pictures
+    are smooth and each shows its own frame number as brightness."""
+    rng = np.random.default_rng(seed)
+    position = np.cumsum(rng.normal(size=(n, 3)) * 0.01, 0) + [0.4, 0, 0.3]
+    turn = Rotation.from_rotvec(np.cumsum(rng.normal(size=(n, 3)) * 0.05, 0)) * Rotation.from_euler("x", np.pi)
+    quaternion = turn.as_quat(canonical=True)
+    target = position + rng.normal(size=(n, 3)) * 0.01
+    goal = Rotation.from_rotvec(rng.normal(size=(n, 3)) * 0.05) * turn
+    motion = common.relative_action(position, quaternion, target, goal.as_quat())
+    action = np.concatenate([motion, rng.integers(0, 2, (n, 1))], 1).astype(np.float32)
+    state = np.concatenate([position, quaternion, rng.uniform(size=(n, 1))], 1).astype(np.float32)
+    ramp = np.linspace(0, 120, size)
+    frames = {}
+    for camera, offset in (("primary", 0), ("wrist", 60)):
+        image = np.stack([ramp[None].repeat(size, 0), ramp[:, None].repeat(size, 1), np.zeros((size, size))], -1)
+        frames[camera] = (image + offset + 3 * np.arange(n)[:, None, None, None]).clip(0, 255).astype(np.uint8)
+    texts = ["reach for the cup"] * (n // 2) + ["lift the cup"] * (n - n // 2)
+    task = ["pick up the red cup", "close the oven"][seed % 2]
+    return {"frames": frames, "action": action, "state": state, "task": task, "subtasks": texts}
+
+
+def write_set(root: Path, episodes: list[dict], fps: float = 10, per_file: int = 4, **options) -> Path:
+    cameras = {name: clip.shape[1:3] for name, clip in episodes[0]["frames"].items()}
+    with common.LeRobotWriter(root, fps=fps, cameras=cameras, episodes_per_file=per_file, **options) as writer:
+        for episode in episodes:
+            writer.add_episode(**episode)
+    return root
+
+
+@pytest.fixture(scope="session")
+def episodes() -> list[dict]:
+    return [make_episode(seed, n=18 + seed) for seed in range(10)]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, episodes) -> Path:
+    """Ten episodes of 18 to 27 steps at 10 Hz, two cameras of 32 px, in three files. Do not change it: copy it."""
+    return write_set(tmp_path_factory.mktemp("data") / "set", episodes)

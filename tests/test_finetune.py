@@ -1,0 +1,379 @@
+"""finetune.py: the loss by hand, the expert against joint attention, what is trained, the policy in physical units."""
+
+import math
+import shutil
+from dataclasses import replace
+
+import helpers_policy as h
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import distill
+import finetune
+from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError
+
+TEXTS = ["close the oven", "put the building block into the corresponding slot, slowly", "go"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def micro():
+    yield from h.micro_models()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return h.make_data(tmp_path_factory.mktemp("finetune") / "data")
+
+
+@pytest.fixture(scope="module")
+def model(micro):
+    torch.manual_seed(0)
+    return finetune.VLA(h.make_student(), "tiny", chunk=4, cameras=2).eval()
+
+
+def inputs(b: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    state = torch.randn(b, 46, generator=torch.Generator().manual_seed(seed))
+    return h.pictures(b, k=2, seed=seed), state, TEXTS[:b]
+
+
+def run_args(data, out, **changes) -> finetune.Args:
+    changes = dict(init="paligemma-micro", latents=(3, 2), chunk=4, execute=2, batch=4, steps=4, save_every=2,
+                   log_every=1, warmup=1, val_every=4, val_samples=6) | changes  # fmt: skip
+    return replace(finetune.TINY, data=str(data), out=str(out), **changes)
+
+
+# -- loss --------------------------------------------------------------------------------------------------------------
+
+
+def test_loss_by_hand():
+    """Two steps; the right arm's x and gripper are valid at the first, the gripper alone at the second."""
+    actions, target = torch.zeros(1, 2, 44), torch.zeros(1, 2, 44)
+    mask = torch.zeros(1, 2, 44, dtype=torch.bool)
+    x, gripper = ACTION_NAMES.index("right_x"), ACTION_NAMES.index("right_gripper")
+    mask[0, 0, x] = mask[0, :, gripper] = True
+    actions[0, 0, x], target[0, 0, x] = 0.5, -1.0
+    actions[0, :, gripper], target[0, :, gripper] = torch.tensor([math.log(3), -math.log(3)]), torch.tensor([1.0, 1.0])
+    actions[0, 1, x + 1] = actions[0, 0, 3] = 100.0  # masked: must not count
+    loss, parts = finetune.policy_loss(actions, target, mask, torch.tensor([1.0, 2.0]))
+    assert parts["ee"].item() == pytest.approx(2.25)
+    assert parts["gripper"].item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)  # p(open) = 3/4 and 1/4
+    assert loss.item() == pytest.approx(2.25 + math.log(16 / 3) / 2)
+    assert finetune.policy_loss(actions, target, mask, torch.tensor([2.0, 4.0]))[0].item() == pytest.approx(loss / 2)
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def joint_reference(m: finetune.VLA, images, state, instructions) -> torch.Tensor:
+    """The same mathematics written differently: student and expert side by side in one attention per layer, over one
+    sequence [prefix | state | queries], with one mask."""
+    from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
+
+    student, gemma, expert = m.student, m.student.vlm.language_model, m.expert
+    x, group, valid, positions = student.prefix(images, instructions)
+    y = torch.cat([m.state_in(state)[:, None], m.queries.expand(len(state), -1, -1)], 1)
+    n, k = x.shape[1], y.shape[1]
+    mask = torch.zeros(len(state), 1, n + k, n + k, dtype=torch.bool)
+    mask[:, :, :n, :n] = distill.attention_mask(group, valid)
+    mask[:, :, n:, :n] = valid[:, None, None, :]
+    mask[:, :, n:, n:] = True
+    positions = torch.cat([positions, valid.sum(1, keepdim=True) + torch.arange(k)], 1)
+    cos, sin = gemma.rotary_emb(x, position_ids=positions)
+    for a, b in zip(gemma.layers, expert.layers, strict=True):
+        parts = []
+        for layer, tokens in ((a, x), (b, y)):
+            normed, attention = layer.input_layernorm(tokens), layer.self_attn
+            split = lambda t: t.unflatten(-1, (-1, 32)).transpose(1, 2)
+            parts.append([split(p(normed)) for p in (attention.q_proj, attention.k_proj, attention.v_proj)])  # noqa: B023
+        q, key, value = (torch.cat(pair, 2) for pair in zip(*parts, strict=True))
+        q, key = apply_rotary_pos_emb(q, key, cos, sin)
+        key, value = (t.expand(-1, q.shape[1], -1, -1) for t in (key, value))
+        out = F.scaled_dot_product_attention(q, key, value, attn_mask=mask).transpose(1, 2).flatten(2)
+        out = [out[:, :n], out[:, n:]]
+        for i, (layer, tokens) in enumerate(((a, x), (b, y))):
+            tokens = tokens + layer.self_attn.o_proj(out[i])
+            out[i] = tokens + layer.mlp(layer.post_attention_layernorm(tokens))
+        x, y = out
+    return m.action_out(expert.norm(y)[:, 1:])
+
+
+@torch.no_grad()
+def test_expert_equals_joint_attention(model):
+    """The expert on the student's cache is the block-wise attention of pi0, also with padding in the batch; and the
+    training mode gives the same as inference."""
+    images, state, instructions = inputs()
+    out = model(images, state, instructions)
+    assert out.shape == (3, 4, 44)
+    torch.testing.assert_close(out, joint_reference(model, images, state, instructions), atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.train()(images, state, instructions), out, atol=1e-6, rtol=0)
+    model.eval()
+
+
+@torch.no_grad()
+def test_a_batch_equals_singles(model):
+    images, state, instructions = inputs()
+    out = model(images, state, instructions)
+    for i in range(3):
+        single = model(images[i : i + 1], state[i : i + 1], instructions[i : i + 1])
+        torch.testing.assert_close(out[i], single[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_everything_is_read(model):
+    """Each view, the state, the instruction and the latent queries change the actions."""
+    images, state, instructions = inputs(1)
+    out = model(images, state, instructions)
+    swapped = images.flip(1)
+    one = images.clone()
+    one[:, 1] = 0
+    for changed in ((swapped, state, instructions), (one, state, instructions), (images, state + 0.5, instructions),
+                    (images, state, TEXTS[1:2])):  # fmt: skip
+        assert (model(*changed) - out).abs().max() > 1e-4
+    kept = model.student.queries.clone()
+    model.student.queries.mul_(-1)
+    assert (model(images, state, instructions) - out).abs().max() > 1e-4
+    model.student.queries.copy_(kept)
+
+
+def test_trained_are_those_with_a_gradient(micro):
+    """freeze_unread leaves out exactly what gets no gradient, and the rest learns within two steps."""
+    model = finetune.VLA(h.make_student(), "tiny", chunk=4, cameras=2).train()
+    images, state, instructions = inputs()
+    target, mask = torch.rand(3, 4, 44), torch.ones(3, 4, 44, dtype=torch.bool)
+    counts = torch.tensor([504.0, 24.0])
+    loss = lambda: finetune.policy_loss(model(images, state, instructions), target, mask, counts)[0]
+    loss().backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None}
+    model.zero_grad(set_to_none=True)
+    model.freeze_unread()
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == without and any("mlp" in n for n in frozen) and "student.head.weight" in frozen
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+    grads: dict[str, float] = {}
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss().backward()
+        for n, p in model.named_parameters():
+            grads[n] = grads.get(n, 0) + (0 if p.grad is None else p.grad.abs().sum().item())
+        optimizer.step()
+    assert {n for n, g in grads.items() if g == 0} == frozen
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in frozen)
+    still = {n for n, p in model.named_parameters() if torch.equal(before[n], p)} - frozen
+    assert all("k_proj.bias" in n for n in still), still  # softmax does not feel them: rounding only
+
+
+def test_students_of_every_origin_make_the_same_policy(tmp_path, micro):
+    """A distilled student (one distilled with recomputed activations at that), PaliGemma's own folder, and random
+    weights: the same tensors, the same ones trained, so that Table 4 compares nothing but what was learned before."""
+    vlm, tokenizer = common.load_vlm("paligemma-micro")
+    vlm.save_pretrained(tmp_path / "paligemma")
+    tokenizer.save_pretrained(tmp_path / "paligemma")
+    run = h.save_student(tmp_path / "distilled", h.make_student(latent_dim=64, seed=5), checkpointing=True)
+    shapes, models = [], []
+    for init in (str(run), str(tmp_path / "paligemma"), "paligemma-micro"):
+        model = finetune.build(run_args("", "", init=init)).train()
+        model.freeze_unread()
+        shapes.append({n: (p.shape, p.requires_grad) for n, p in model.named_parameters()})
+        out = model(*inputs(1))  # in training mode, where recomputed layers would leave no cache behind
+        assert torch.isfinite(out).all()
+        models.append(model)
+    assert shapes[0] == shapes[1] == shapes[2]
+    distilled, folder, _ = models
+    assert torch.equal(distilled.student.queries, distill.load_student(run)[0].queries)
+    assert torch.equal(folder.student.vlm.get_input_embeddings().weight, vlm.get_input_embeddings().weight)
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_views_follow_the_cameras(data):
+    for cameras in (("primary", "wrist"), ("wrist", "primary"), ("wrist",)):
+        args = run_args(data, "", cameras=cameras)
+        windows = finetune.make_windows(args, 32, "train")
+        batch = common.collate([windows[0]])
+        images = finetune.views(batch, args)
+        assert images.shape == (1, len(cameras), 3, 32, 32)
+        for k, camera in enumerate(cameras):
+            assert torch.equal(images[:, k], batch[camera][:, 0])
+        assert len(cameras) == 1 or not torch.equal(images[:, 0], images[:, 1])
+
+
+def test_augment():
+    """Depends on (seed, sample) alone, moves by at most 6 %, shifts brightness by at most 10 % and contrast by 20 %."""
+    images, index = h.pictures(4, k=2), torch.tensor([3, 7, 11, 3])
+    out = finetune.augment(images, index, seed=0)
+    assert out.dtype == torch.uint8 and out.shape == images.shape and not torch.equal(out, images)
+    assert torch.equal(out, finetune.augment(images, index, seed=0))
+    assert torch.equal(out[1:2], finetune.augment(images[1:2], index[1:2], seed=0))
+    assert not torch.equal(out, finetune.augment(images, index, seed=1))
+    assert not torch.equal(out[:, 0], finetune.augment(images[:, :1], index + 1, seed=0)[:, 0])
+
+    size, n = 50, 64
+    flat = torch.full((n, 1, 3, size, size), 128, dtype=torch.uint8)
+    change = finetune.augment(flat, torch.arange(n), 0).float() - 128  # a flat image has no contrast
+    assert change.amax((1, 2, 3, 4)).equal(change.amin((1, 2, 3, 4)))
+    assert change.abs().max() <= 26 and change.min() < -15 and change.max() > 15
+
+    dot = torch.full((n, 1, 3, size, size), 100, dtype=torch.uint8)
+    dot[..., 25, 25] = 200
+    moved = finetune.augment(dot, torch.arange(n), 0).float()
+    at = moved[:, 0, 0].flatten(1).argmax(1)
+    shifts = torch.stack([at // size - 25, at % size - 25])
+    assert shifts.min() == -3 and shifts.max() == 3  # 6 % of 50
+    gain = (moved.amax((1, 2, 3, 4)) - moved.amin((1, 2, 3, 4))) / 100
+    assert 0.79 <= gain.min() < 0.85 and 1.15 < gain.max() <= 1.21
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overfitted(data, tmp_path_factory):
+    """A run of this stage that knows its data set by heart, wrist view first."""
+    out = tmp_path_factory.mktemp("finetune") / "run"
+    args = run_args(data, out, cameras=("wrist", "primary"), steps=250, save_every=250, log_every=250, batch=16,
+                    lr=3e-3, min_lr=1e-5, warmup=20, val_every=0)  # fmt: skip
+    finetune.train(args, h.process())
+    return out
+
+
+def recorded(data, i: int, times: list[int]) -> tuple[dict, np.ndarray, list[str], np.ndarray]:
+    """What a robot would have seen at these times of episode i, and the actions recorded from there on."""
+    reader = common.LeRobotReader(data)
+    episode = reader.episode(i)
+    images = {camera: reader.frames(i, camera, times) for camera in reader.cameras}
+    actions = np.stack([episode["action"][t : t + 4] for t in times])
+    return images, episode["state"][times], [episode["task"]] * len(times), actions
+
+
+def test_policy_gives_back_the_recorded_actions(data, overfitted):
+    """The loop of conventions closed without a robot: raw frames and raw states from the reader go in, and metres,
+    radians and grippers as recorded come out. The dimensions' ranges differ sixtyfold, so a wrong normaliser, mask,
+    camera order, image size or gripper sign fails."""
+    policy = finetune.load_policy(overfitted)
+    assert (policy.cameras, policy.chunk, policy.execute, policy.hz) == (("wrist", "primary"), 4, 2, 10.0)
+    scale = np.array([0.02, 0.01, 0.005, 0.1, 0.3, 0.05])  # amplitudes in the data
+    for i in range(4):
+        images, state, instruction, actions = recorded(data, i, [0, 2, 4])
+        out = policy.act(images, state, instruction)
+        assert out.shape == (3, 4, 44) and out.dtype == np.float32
+        error = np.abs(out - actions)[..., 7:13] / scale
+        print(i, error.mean(), error.max(), np.abs(out - actions)[..., 13].max())
+        assert error.mean() < 0.05 and error.max() < 0.25, (i, error.mean(), error.max())
+        assert (np.abs(out - actions)[..., 13] < 0.2).all()  # probabilities of being open
+        absent = [n not in common.ARM_ACTION for n in ACTION_NAMES]
+        assert not out[..., absent].any()
+        # The order of the dictionary does not matter, what the views show does.
+        flipped = {c: images[c] for c in reversed(images)}
+        assert np.array_equal(policy.act(flipped, state, instruction), out)
+        crossed = {"primary": images["wrist"], "wrist": images["primary"]}
+        assert np.abs(policy.act(crossed, state, instruction) - out)[..., 7:13].max() > 0.002
+        # A quaternion and its negative are one rotation; absent columns do not count; a batch is its samples.
+        other = state.copy()
+        other[:, 11:15] *= -1
+        other[:, :8] = 7.0
+        np.testing.assert_allclose(policy.act(images, other, instruction), out, atol=1e-6)
+        alone = policy.act({c: v[1:2] for c, v in images.items()}, state[1:2], instruction[1:2])
+        np.testing.assert_allclose(alone[0], out[1], atol=1e-5)
+
+
+def test_act_sees_what_training_saw(data, overfitted):
+    """The tensors that reach the model are those of the training stream, to the last bit."""
+    policy, args = finetune.load_policy(overfitted), run_args(data, "", cameras=("wrist", "primary"), val_every=0)
+    windows = finetune.make_windows(args, policy.model.student.image_size, "train")
+    seen = []
+    policy.model.register_forward_pre_hook(lambda module, given: seen.append(given))
+    for k in (0, 3, 9):
+        sample = common.collate([windows.window(0, k)])
+        i, t = (0, k) if k < windows.ends[0][0] else (1, int(k - windows.ends[0][0]))
+        images, state, instruction, _ = recorded(data, i, [t])
+        policy.act(images, state, instruction)
+        assert torch.equal(seen[-1][0], finetune.views(sample, args))
+        assert torch.equal(seen[-1][1], sample["state"])
+        assert seen[-1][2] == sample["instruction"]
+
+
+def test_act_refuses(data, overfitted):
+    policy = finetune.load_policy(overfitted)
+    images, state, instruction, _ = recorded(data, 0, [0, 1])
+    nan = state.copy()
+    nan[1, STATE_NAMES.index("right_z")] = np.nan
+    blind = {"primary": images["primary"]}
+    cases = [
+        (blind, state, instruction, r"trained with the views \['primary', 'wrist'\], it got \['primary'\]"),
+        (images | {"left": images["wrist"]}, state, instruction, r"it got \['left', 'primary', 'wrist'\]"),
+        (images, state[:, :8], instruction, r"state must be \(2, 46\).* got \(2, 8\)"),
+        (images, state[:1], instruction, r"state must be \(2, 46\).* got \(1, 46\)"),
+        (images, nan, instruction, r"NaN or infinite state: \['right_z'\]"),
+        (images, state, [instruction[0], " "], "none may be empty"),
+        (images, state, instruction[0], "one instruction a sample"),
+        (images, state, [instruction[0], "move " * 5000], "the model takes 4096"),
+        (images | {"wrist": images["wrist"][0]}, state, instruction, r"view wrist must be \(2, H, W, 3\)"),
+        (images | {"wrist": images["wrist"].astype(np.float32)}, state, instruction, "uint8"),
+    ]
+    for pictures, numbers, text, message in cases:
+        with pytest.raises(InputError, match=message):
+            policy.act(pictures, numbers, text)
+    with torch.no_grad():
+        policy.model.action_out.bias.fill_(math.inf)
+    with pytest.raises(InputError, match="non-finite action"):
+        policy.act(images, state, instruction)
+
+
+# -- runs and errors ---------------------------------------------------------------------------------------------------
+
+
+def test_resume_is_exact(data, tmp_path):
+    """Also with augmentation and accumulation; and not on data that have changed since."""
+    shutil.copytree(data, tmp_path / "data")
+    args = run_args(tmp_path / "data", tmp_path / "run", augment=True, accumulate=2, batch=2)
+    finetune.train(args, h.process())
+    last = tmp_path / "run/checkpoints/step_00000004"
+    before = h.log(tmp_path / "run")
+    whole = (last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()
+    shutil.rmtree(last)
+    finetune.train(replace(args, resume=True), h.process())
+    assert ((last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()) == whole
+    assert h.log(tmp_path / "run") == before
+    stats = common.json.loads((tmp_path / "data/meta/stats.json").read_text())
+    stats["action"]["q99"][0] *= 2
+    common.write_json(tmp_path / "data/meta/stats.json", stats)
+    with pytest.raises(InputError, match="other statistics than when"):
+        finetune.train(replace(args, resume=True), h.process())
+
+
+def test_wrong_checkpoints(overfitted, tmp_path):
+    with pytest.raises(InputError, match="checkpoint of 'finetune', not of 'distill'"):
+        finetune.build(run_args("", "", init=str(overfitted)))
+    run = h.save_student(tmp_path / "student", h.make_student())
+    with pytest.raises(InputError, match="checkpoint of 'distill', not of 'finetune'"):
+        finetune.load_policy(run)
+    with pytest.raises(InputError, match="run `python finetune.py --small` first"):
+        finetune.load_policy(tmp_path / "runs/small/finetune")
+    with pytest.raises(InputError, match="run `python distill.py --tiny` first"):
+        finetune.build(run_args("", "", init=str(tmp_path / "runs/tiny/distill")))
+
+
+def test_bad_arguments(data, tmp_path):
+    cases = [
+        ({"execute": 5}, "--execute 5 must lie between 1 and --chunk 4"),
+        ({"cameras": ()}, "one to three different views"),
+        ({"cameras": ("wrist", "wrist")}, "one to three different views"),
+        ({"cameras": ("primary", "side")}, r"no camera 'side', it has \['primary', 'wrist'\]"),
+        ({"expert": "2b"}, "unknown --expert '2b': choose one of"),
+        ({"init": "internvl-micro"}, "the student is PaliGemma, not 'internvl'"),
+        ({"episodes": 9}, "has 4 episodes, fewer than 9"),
+    ]
+    for k, (changes, message) in enumerate(cases):
+        with pytest.raises(InputError, match=message):
+            finetune.train(run_args(data, tmp_path / str(k), **changes), h.process())
+
+
+def test_gripper_columns():
+    """What Policy turns into probabilities are the two gripper columns and no other."""
+    assert [ACTION_NAMES[i] for i in GRIPPERS] == ["left_gripper", "right_gripper"]

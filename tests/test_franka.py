@@ -1,0 +1,513 @@
+"""franka.py: placements, physics conventions, predicates, experts, recorder, runner. CPU only, no download."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+import common
+import franka
+from common import InputError
+from franka import CLOSED, DOWN, HZ, OPEN, TASKS, Args, ChunkPolicy, ExpertPolicy, SimFranka, hold, reach
+
+ROOT = Path(__file__).resolve().parent.parent
+HOLD = np.array([0, 0, 0, 0, 0, 0, OPEN])
+
+
+@pytest.fixture(scope="module")
+def robots():
+    """One robot a task, without rendering; building them once saves time."""
+    made = {task: SimFranka(task, image_size=0) for task in TASKS}
+    yield made
+    for robot in made.values():
+        robot.close()
+
+
+def follow(robot: SimFranka, commands) -> tuple[bool | None, str]:
+    """Executes a script of commands through Robot.step, until the task is decided or the script is over."""
+    done, reason = None, ""
+    for command in commands:
+        move = common.relative_action(*robot.pose(), command.position, command.quaternion)
+        robot.step(np.append(move, command.gripper))
+        done, reason = robot.task.check(robot)
+        if done is not None:
+            break
+    return done, reason
+
+
+# ---- Placements ----
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_placements_depend_on_seed_task_and_trial_alone(robots, task):
+    robot = robots[task]
+
+    def layout(trial, seed):
+        state = robot.reset(trial, seed).state
+        return np.concatenate([robot.data.qpos, robot.model.body_pos.ravel(), state]), robot.instruction
+
+    first, words = layout(3, 0)
+    robot.step(HOLD)  # what a policy did before must not matter
+    layout(4, 0)
+    again, words_again = layout(3, 0)
+    other = SimFranka(task, image_size=0, variation=True)  # nor the variation of light and distractors
+    other.reset(3, 0)
+    assert np.array_equal(first, again) and words == words_again == other.instruction
+    assert np.array_equal(robot.where("hand")[0], other.where("hand")[0])
+    assert not np.array_equal(first, layout(4, 0)[0])
+    assert not np.array_equal(first, layout(3, 1)[0])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_spawn_without_contact_and_the_task_unsolved(robots, task):
+    robot = robots[task]
+    for trial in range(6):
+        robot.reset(trial, seed=5)
+        assert all("table" in pair for pair in robot.contacts()), robot.contacts()
+        assert robot.task.check(robot)[0] is None
+
+
+def test_pick_cup_names_both_colours_and_places_both_cups(robots):
+    robot, seen = robots["pick_cup"], set()
+    for trial in range(12):
+        robot.reset(trial)
+        seen.add(robot.instruction)
+        cups = [robot.where(c)[0] for c in ("red", "blue")]
+        assert np.linalg.norm(cups[0] - cups[1]) > 0.12
+        assert robot.task.target in robot.instruction
+    assert seen == {"pick up the red cup", "pick up the blue cup"}
+
+
+# ---- Conventions ----
+
+
+def test_action_convention_golden(robots):
+    robot = robots["pick_cup"]
+    for axis in range(3):
+        robot.reset(0)
+        before = robot.pose()
+        robot.step(np.eye(7)[axis] * 0.02 + HOLD)
+        after = robot.pose()
+        assert np.allclose(after[0] - before[0], np.eye(3)[axis] * 0.02, atol=2e-3)  # metres, base frame
+        assert common.relative_action(*before, *after)[3:] == pytest.approx([0, 0, 0], abs=0.01)
+    for axis, name in enumerate("xyz"):
+        robot.reset(0)
+        before = robot.pose()
+        robot.step(np.eye(7)[3 + axis] * 0.1 + HOLD)
+        turn = Rotation.from_quat(robot.pose()[1]) * Rotation.from_quat(before[1]).inv()
+        assert np.allclose(turn.as_rotvec(), np.eye(3)[axis] * 0.1, atol=0.01), name  # the base's axes, not the tool's
+        assert np.linalg.norm(robot.pose()[0] - before[0]) < 4e-3
+
+
+def test_yaw_turns_counterclockwise_from_above(robots):
+    robot = robots["pick_cup"]
+    robot.reset(1)
+    left, right = (robot.where(f"{side}_finger")[0] for side in ("left", "right"))
+    angle = np.arctan2(*(left - right)[[1, 0]])
+    for _ in range(3):
+        robot.step(np.array([0, 0, 0, 0, 0, 0.1, OPEN]))
+    left, right = (robot.where(f"{side}_finger")[0] for side in ("left", "right"))
+    assert np.arctan2(*(left - right)[[1, 0]]) - angle == pytest.approx(0.3, abs=0.02)
+
+
+def test_gripper_one_opens_and_state_has_the_named_columns(robots):
+    robot = robots["pick_cup"]
+    state = robot.reset(0).state
+    assert state.shape == (len(common.ARM_STATE),) and state.dtype == np.float32
+    assert state[7] > 0.97 and state[6] > 0.9  # open; pointing down, the quaternion is near (0, 0, 0, 1)
+    for _ in range(8):
+        state = robot.step(np.array([0, 0, 0, 0, 0, 0, CLOSED])).state
+    assert state[7] < 0.03
+    for _ in range(8):
+        state = robot.step(HOLD).state
+    assert state[7] > 0.97
+    assert np.linalg.norm(state[3:7]) == pytest.approx(1, abs=1e-5)
+
+
+def test_holding_still_does_not_drift(robots):
+    robot = robots["pick_cup"]
+    robot.reset(2)
+    for _ in range(3):
+        robot.step(HOLD + np.array([0.02, 0, 0, 0, 0, 0.1, 0]))
+    for _ in range(3):
+        before = robot.step(HOLD).state
+    for _ in range(30):
+        after = robot.step(HOLD).state
+    assert np.abs(after - before).max() < 2e-3
+    assert np.abs(robot.data.qvel[:7]).max() < 1e-2  # nor do the servos chatter
+
+
+@pytest.mark.parametrize("bad", [[0] * 6, [np.nan] + [0] * 6, [np.inf] * 7])
+def test_bad_actions_raise(robots, bad):
+    robots["pick_cup"].reset(0)
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        robots["pick_cup"].step(np.array(bad))
+
+
+def test_wild_actions_keep_the_simulation_finite(robots):
+    """An untrained policy commands anything; the joints' speed limit and the servo's torque limits bound what comes."""
+    rng = np.random.default_rng(0)
+    for task in ("pick_cup", "pot_oven"):
+        robots[task].reset(0)
+        for _ in range(60):
+            before = robots[task].data.qpos[:7].copy()
+            state = robots[task].step(rng.uniform(-1, 1, 7) * np.array([1, 1, 1, 3, 3, 3, 1])).state
+            assert np.isfinite(state).all() and np.abs(robots[task].data.qpos[:7] - before).max() < 0.5
+            robots[task].task.check(robots[task])
+
+
+# ---- Experts and predicates ----
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_experts_succeed(task):
+    entries = franka.run_trials(ExpertPolicy(), task, 2)
+    assert [e["success"] for e in entries] == [True, True], entries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_experts_on_trials_not_used_for_tuning(task):
+    assert sum(e["success"] for e in franka.run_trials(ExpertPolicy(), task, 10)) >= 9
+    assert sum(e["success"] for e in franka.run_trials(ExpertPolicy(), task, range(10, 40))) >= 27
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_doing_nothing_fails_with_a_reason(task):
+    class Lazy:
+        name, phase = "lazy", ""
+
+        def reset(self, robot):
+            pass
+
+        def act(self, observation, instruction):
+            return HOLD
+
+    entry = franka.run_trial(Lazy(), SimFranka(task, image_size=0), 0, 0)
+    assert not entry["success"] and entry["reason"] and entry["seconds"] == TASKS[task].limit
+
+
+def test_picking_the_wrong_cup_fails(robots):
+    robot = robots["pick_cup"]
+    robot.reset(0)
+    wrong = robot.where(robot.task.other)[0]
+
+    def script():
+        yield from reach(robot, wrong + (0, 0, 0.13), DOWN, OPEN, "")
+        yield from reach(robot, wrong + (0, 0, 0.01), DOWN, OPEN, "")
+        yield from hold(robot, CLOSED, "", 6)
+        yield from reach(robot, wrong + (0, 0, 0.16), DOWN, CLOSED, "")
+
+    done, reason = follow(robot, script())
+    assert done is False and reason == f"the {robot.task.other} cup was moved"
+
+
+def test_a_block_held_over_or_left_beside_the_slot_is_no_success(robots):
+    robot = robots["block_slot"]
+    robot.reset(0)
+    slot = robot.where("board")[0]
+    robot.place("block", (*(slot[:2] + 0.1), robot.task.half[2]))
+    done, reason = follow(robot, hold(robot, OPEN, "", 5))
+    assert done is None and "beside the slot" in reason
+    robot.place("block", (*slot[:2], 0.1))
+    assert robot.task.check(robot)[0] is None  # over the slot, but high
+    robot.place("block", (*slot[:2], robot.task.half[2] + 0.001), robot.where("board")[1].as_euler("xyz")[2])
+    done, reason = follow(robot, hold(robot, CLOSED, "", 5))
+    assert (done, reason) == (None, "the block was not released")
+    assert follow(robot, hold(robot, OPEN, "", 5))[0] is True
+
+
+def test_a_door_left_ajar_is_no_success(robots):
+    robot = robots["close_oven"]
+    robot.reset(0)
+    robot.data.joint("door").qpos[0] = 0.1
+    done, reason = follow(robot, hold(robot, CLOSED, "", 5))
+    assert done is None and "0.1" in reason and "rad open" in reason  # and it does not fall shut, or open
+    assert robot.data.joint("door").qpos[0] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_brush_that_touches_no_sauce_is_no_success(robots):
+    robot = robots["dip_brush"]
+    robot.reset(0)
+    grasp = robot.where("brush")[0] + robot.where("brush")[1].apply([robot.task.grip, 0, 0.003])
+    facing = franka._quat(robot.where("brush")[1].as_euler("xyz")[2])
+
+    def script():
+        yield from reach(robot, grasp + (0, 0, 0.1), facing, OPEN, "")
+        yield from reach(robot, grasp, facing, OPEN, "")
+        yield from hold(robot, CLOSED, "", 5)
+        yield from reach(robot, grasp + (0, 0, 0.15), facing, CLOSED, "")
+
+    done, reason = follow(robot, script())
+    assert robot.held("brush") and robot.task.tip_of(robot)[2] > 0.07
+    assert done is None and reason == "the brush's tip was not in the sauce"
+
+
+def test_pot_oven_fails_when_the_hand_hits_the_oven(robots):
+    robot = robots["pot_oven"]
+    robot.reset(0)
+    oven, turned = robot.where("oven")
+
+    def ram():  # down onto the oven's roof, then away again
+        above = oven + turned.apply([0.03, 0, 0.3])
+        yield from reach(robot, above, DOWN, CLOSED, "")
+        yield from reach(robot, above - (0, 0, 0.13), DOWN, CLOSED, "", ticks=12)
+
+    assert follow(robot, ram()) == (False, "the robot touched the oven")
+
+
+def test_pot_oven_fails_when_the_pot_is_in_place_but_the_hand_hit_the_oven_on_the_way(robots):
+    """A predicate on the final state alone would call this a success."""
+    robot = robots["pot_oven"]
+    robot.reset(0)
+
+    for command in robot.task.expert(robot):
+        move = common.relative_action(*robot.pose(), command.position, command.quaternion)
+        robot.step(np.append(move, command.gripper))
+        if command.phase == "open the gripper":
+            break
+    robot.drive(*robot.pose(), OPEN)
+    assert robot.task.check(robot)[0] is None  # in place, not yet released for long enough
+    here, tool = robot.pose()
+    turned = robot.where("oven")[1]
+    # Sideways out of the handle's way is the oven's wall: up a little, then forward into the frame.
+    for offset in ((0, 0, 0.12), (0.1, 0, 0.12), (0.1, 0, 0.06)):
+        for command in reach(robot, here + turned.apply(offset), tool, OPEN, "", ticks=12):
+            robot.drive(command.position, command.quaternion, command.gripper)
+    x, y, z = robot.task.in_oven(robot, "pot")
+    assert robot.task.radius < x < robot.task.inside[0] and z < 0.05  # the final state is as it should be
+    assert robot.task.check(robot) == (False, "the robot touched the oven")
+
+
+# ---- Recorder ----
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    """Two demonstrations of each task, recorded through the command's own function with two worker processes."""
+    out = tmp_path_factory.mktemp("record") / "demos"
+    franka.record(Args(task="all", record=2, image_size=64, out=str(out), workers=2))
+    return common.LeRobotReader(out)
+
+
+def test_recording_reads_back(demos):
+    assert demos.num_episodes == 2 * len(TASKS) and demos.fps == HZ and set(demos.cameras) == {"primary", "wrist"}
+    texts = [demos.episode(i)["task"] for i in range(demos.num_episodes)]
+    assert "cup" in texts[0] and "cup" in texts[5] and texts[1:5] == [t.instruction for t in list(TASKS.values())[1:]]
+    for i in range(demos.num_episodes):
+        episode = demos.episode(i)
+        assert set(common.gather(episode["action"], ["right_gripper"], common.ACTION_NAMES).ravel()) <= {0.0, 1.0}
+        assert np.array_equal(episode["action_mask"], np.isin(common.ACTION_NAMES, common.ARM_ACTION))
+    cup = demos.episode(0)
+    colour = "red" if "red" in cup["task"] else "blue"
+    assert f"close the gripper around the {colour} cup" in cup["subtask"]
+    picture = demos.frames(0, "primary", [0])
+    assert picture.shape == (1, 64, 64, 3) and picture.std() > 15
+
+
+def test_recorded_actions_integrate_to_the_recorded_states(demos):
+    """Where nothing disturbed the robot, state[t] moved by action[t] is state[t+1]."""
+    errors = []
+    for i in range(demos.num_episodes):
+        episode = demos.episode(i)
+        state = common.gather(episode["state"], common.ARM_STATE, common.STATE_NAMES)
+        action = common.gather(episode["action"], common.ARM_ACTION, common.ACTION_NAMES)
+        position, _ = common.apply_action(state[:-1, :3], state[:-1, 3:7], action[:-1, :6])
+        errors.append(np.linalg.norm(position - state[1:, :3], axis=1))
+    errors = np.concatenate(errors)
+    assert np.median(errors) < 1e-3
+    assert np.mean(errors < 5e-3) > 0.85  # the rest: disturbances, and the push against the door
+
+
+def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_path, capsys):
+    args = Args(task="all", record=1, image_size=64, out=str(tmp_path / "d"), workers=1)
+    franka.record(args)
+    with pytest.raises(InputError, match="--resume"):
+        franka.record(args)
+    franka.record(Args(task="all", record=2, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True))
+    again = common.LeRobotReader(tmp_path / "d")
+    assert again.num_episodes == demos.num_episodes
+    for i in range(demos.num_episodes):
+        a, b = demos.episode(i), again.episode(i)
+        assert np.array_equal(a["action"], b["action"]) and np.array_equal(a["state"], b["state"])
+        assert (a["task"], a["subtask"]) == (b["task"], b["subtask"])
+    assert "failed and were left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="another --task or --seed"):
+        franka.record(Args(task="pot_oven", record=11, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True))
+
+
+def test_disturbances_are_corrected_by_the_recorded_action():
+    """Some recorded actions differ from what was executed, and the next ones lead back: the episode succeeds."""
+    robot = SimFranka("pick_cup", image_size=0)
+    pushed = 0
+    for trial in range(4):
+        episode, reason = franka.demonstrate(robot, trial, seed=1)
+        assert episode is not None, reason
+        position, _ = common.apply_action(
+            episode["state"][:-1, :3], episode["state"][:-1, 3:7], episode["action"][:-1, :6]
+        )
+        pushed += (np.linalg.norm(position - episode["state"][1:, :3], axis=1) > 4e-3).sum()
+        assert len(episode["action"]) < 40  # and the expert never stalls
+    assert pushed > 0
+
+
+def test_demonstrations_never_use_the_evaluation_seed(tmp_path):
+    with pytest.raises(InputError, match="0 belongs to the evaluation"):
+        franka.record(Args(record=1, seed=0, out=str(tmp_path / "x")))
+    assert not (tmp_path / "x").exists()
+
+
+# ---- Rendering ----
+
+
+def test_pictures(robots):
+    robot = SimFranka("pick_cup", image_size=64)
+    seen = robot.reset(0).images
+    assert set(seen) == {"primary", "wrist"}
+    assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in seen.values())
+    image = seen["primary"].astype(int)
+    red = (image[..., 0] > 100) & (image[..., 1] < 60) & (image[..., 2] < 60)
+    blue = (image[..., 2] > 100) & (image[..., 0] < 60) & (image[..., 1] < 90)
+    for mask in (red, blue):  # both cups are in view, and wide enough to be found
+        rows, columns = np.nonzero(mask)
+        assert np.ptp(columns) + 1 >= 6 and np.ptp(rows) + 1 >= 8
+    top = image[:32].std()  # the right way up: the arm is in the upper half, the lower half is mostly table
+    assert top > image[48:].std()
+    assert np.array_equal(robot.reset(0).images["primary"], seen["primary"])
+    robot.close()
+    varied = SimFranka("pick_cup", image_size=64, variation=True)
+    assert np.abs(varied.reset(0).images["primary"].astype(int) - image).mean() > 2
+    varied.close()
+
+
+def test_no_gl_library_is_one_message(monkeypatch):
+    real = franka.importlib.import_module
+
+    def absent(name, *rest):
+        if name.startswith("mujoco."):
+            raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(franka.importlib, "import_module", absent)
+    with pytest.raises(InputError, match="apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1"):
+        SimFranka("pick_cup", image_size=64)
+    SimFranka("pick_cup", image_size=0).close()  # without pictures no GL is needed
+
+
+# ---- Runner ----
+
+
+def test_runner_writes_results_and_video_and_resumes(tmp_path, monkeypatch, capsys):
+    command = ["franka.py", "--tiny", "--policy", "expert", "--task", "close_oven", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", command)
+    franka.main()
+    path = tmp_path / "run/close_oven/results.json"
+    entries = json.loads(path.read_text())
+    assert [e["trial"] for e in entries] == [0, 1]
+    assert set(entries[0]) == {"task", "trial", "seed", "policy", "instruction", "success", "seconds", "reason"}
+    assert entries[0]["policy"] == "expert" and entries[0]["seed"] == 0 and entries[0]["success"] is True
+    low, high = common.wilson(2, 2)
+    assert f"2/2 successful (95 % interval {low:.0%} to {high:.0%})" in capsys.readouterr().out
+    with av.open(str(tmp_path / "run/close_oven/video.mp4")) as video:
+        frames = [f for f in video.decode(video=0)]
+    assert len(frames) == round(sum(e["seconds"] for e in entries) * HZ) + 2 * HZ
+    assert (frames[0].width, frames[0].height) == (640, 364)
+    with pytest.raises(InputError, match="--resume"):
+        franka.main()
+    assert json.loads(path.read_text()) == entries  # nothing overwritten
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--trials", "3"])
+    franka.main()
+    again = json.loads(path.read_text())
+    assert again[:2] == entries and again[2]["trial"] == 2
+    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--seed", "3"])
+    with pytest.raises(InputError, match="choose another --out"):
+        franka.main()
+
+
+class FakePolicy:
+    """Stands in for finetune.Policy: always moves up, gripper closed with probability 0.6."""
+
+    cameras, chunk, execute, hz = ("primary", "wrist"), 8, 4, 10
+
+    def __init__(self):
+        self.calls = []
+
+    def act(self, images, state, instruction):
+        assert images["primary"].shape == (1, 64, 64, 3) and state.shape == (1, 46) and state.dtype == np.float32
+        assert isinstance(instruction, list)
+        self.calls.append(common.gather(state[0], common.ARM_STATE, common.STATE_NAMES))
+        row = common.scatter(np.array([0, 0, 0.01, 0, 0, 0, 0.4], np.float32), common.ARM_ACTION, common.ACTION_NAMES)
+        return np.tile(row, (1, 8, 1))
+
+
+def test_a_chunk_policy_executes_part_of_each_chunk():
+    fake = FakePolicy()
+    frames, seen = [], []
+    entries = franka.run_trials(
+        ChunkPolicy(fake, "fake"), "pick_cup", [5], seconds=1.2, image_size=64, film=frames.append, report=seen.append
+    )
+    assert entries == seen and not entries[0]["success"] and entries[0]["seconds"] == 1.2 and entries[0]["trial"] == 5
+    assert len(fake.calls) == 3  # 12 ticks, 4 of every chunk
+    assert np.allclose(fake.calls[1][:3] - fake.calls[0][:3], [0, 0, 0.04], atol=3e-3)
+    assert fake.calls[2][7] < 0.1 < 0.9 < fake.calls[0][7]  # 0.4 is below the threshold: closed
+    assert len(frames) == 12 + HZ and frames[0].dtype == np.uint8
+
+
+def test_paired_across_policies():
+    class Start:
+        phase = ""
+
+        def __init__(self, name):
+            self.name, self.first = name, []
+
+        def reset(self, robot):
+            self.first.append(robot.data.qpos.copy())
+
+        def act(self, observation, instruction):
+            return HOLD if self.name == "still" else HOLD + np.array([0.02, 0.01, -0.02, 0, 0, 0.1, -1])
+
+    policies = Start("still"), Start("moving")
+    for policy in policies:
+        franka.run_trials(policy, "block_slot", 3, seconds=0.5, image_size=0)
+    assert np.array_equal(policies[0].first, policies[1].first)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--task", "make_coffee"], "unknown task 'make_coffee': choose one of pick_cup, block_slot"),
+        (["--task", "all"], "unknown task 'all'"),
+        (["--trials", "0"], "--trials 0: must be at least 1"),
+        (["--first-trial", "-1"], "--first-trial -1: must be at least 0"),
+        (["--seconds", "nan"], "--seconds nan: must be at least 0"),
+        (["--image-size", "4"], "--image-size 4"),
+        (["--workers", "0"], "--workers 0"),
+        (["--record", "2", "--seed", "0"], "0 belongs to the evaluation"),
+        (["--policy", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(flags, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["franka.py", *flags])
+    with pytest.raises(SystemExit) as exit:
+        common.run_main(franka.main)
+    text = capsys.readouterr().err
+    assert exit.value.code == 2 and message in text and text.count("\n") == 1 and not list(tmp_path.rglob("*.json"))
+
+
+def test_with_no_policy_the_expert_runs_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(franka.make_policy(""), ExpertPolicy)
+    assert "the scripted expert shows the task" in capsys.readouterr().out
+
+
+def test_import_does_nothing():
+    code = "import os, sys; env = dict(os.environ); import franka; assert env == dict(os.environ); "
+    code += "assert 'mujoco' not in sys.modules and 'finetune' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -1,0 +1,308 @@
+"""The training stages as a user runs them: they learn, two ranks equal one, a kill at any moment loses nothing that was
+saved, wrong commands are refused, and importing them does nothing."""
+
+import ast
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers_lam import ROOT, environment, forked, forked_ranks, make_data, metrics, run, start
+
+import common
+
+STAGES = ("lam", "distill", "finetune")
+PREVIOUS = {"lam": None, "distill": ("--lam", "lam"), "finetune": ("--init", "distill")}
+# Small enough for a step to take a tenth of a second on one core.
+COMMON = ("--tiny", "--val-every", 4, "--val-samples", 4, "--log-every", 1, "--warmup", 2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A data set, and one finished run of each stage, each started from the one before: 8 steps, saved at 4 and 8."""
+    root = tmp_path_factory.mktemp("world")
+    make_data(root / "data")
+    run(*stage_command("lam", root, root / "lam"))
+    for stage in STAGES[1:]:  # forked, to save the seconds of importing torch
+        forked(*stage_command(stage, root, root / stage))
+    return root
+
+
+def stage_command(stage: str, world: Path, out: Path, *more: object) -> list[object]:
+    words: list[object] = [f"{stage}.py", *COMMON, "--data", world / "data", "--out", out]
+    if PREVIOUS[stage]:
+        words += [PREVIOUS[stage][0], world / PREVIOUS[stage][1]]
+    if stage == "lam":
+        words += ["--frames", 3]
+    if "--batch" not in more:
+        words += ["--batch", 4]
+    return [*words, "--steps", 8, "--save-every", 4, *more]
+
+
+def weights(run_folder: Path, step: int = 8) -> bytes:
+    return (run_folder / f"checkpoints/step_{step:08d}/model.safetensors").read_bytes()
+
+
+def losses(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "lr"} for line in lines]
+
+
+# -- learning ----------------------------------------------------------------------------------------------------------
+
+FALLS = {"lam": "frame", "distill": "mse", "finetune": "ee"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_loss_falls(stage, world):
+    lines = metrics(world / stage)
+    print(stage, lines[0], lines[-1])
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    assert lines[0].keys() == lines[-1].keys()  # the same numbers before and after
+    key = f"val_{FALLS[stage]}"
+    assert lines[-1][key] < 0.95 * lines[0][key]
+    assert all(value == value for line in lines for value in line.values())  # no NaN
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_run_folder(stage, world):
+    """What each stage leaves behind: two checkpoints, each whole, with what the next stage needs inside."""
+    found = common.checkpoints(world / stage)
+    assert [p.name for p in found] == ["step_00000004", "step_00000008"]
+    names = {"model.safetensors", "optimizer.safetensors", "meta.json", "tokenizer.json"}
+    assert names <= {p.name for p in found[-1].iterdir()}
+    assert not list((world / stage).rglob("*.partial")) and not list((world / stage).rglob("*.p*kl*"))
+    meta = common.load_meta(found[-1])
+    assert meta["stage"] == stage and meta["step"] == 8 and meta["args"]["batch"] == 4 and meta["commit"]
+    assert any("q01" in s["action"] for s in meta["statistics"].values())
+
+
+# -- two ranks ---------------------------------------------------------------------------------------------------------
+
+
+def same_losses(one: list[dict], two: list[dict], rtol: float) -> float:
+    """The largest relative difference of any logged loss; fails above `rtol`."""
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    worst = 0.0
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            if isinstance(a[key], float) and abs(a[key]) > 1e-3:
+                worst = max(worst, abs(a[key] - b[key]) / abs(a[key]))
+                assert abs(a[key] - b[key]) <= rtol * abs(a[key]), (a["step"], key, a[key], b[key])
+    return worst
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_equal_one(stage, world, tmp_path):
+    """The global batch of 4 as 1 x 4, and sharded over two ranks as 2 ranks x 1 window x 2 micro-steps. Windows near an
+    episode's end have fewer valid actions, so that ranks and micro-steps differ in how much they hold."""
+    more = ["--steps", 4, "--lr", 1e-4]
+    if stage == "lam":
+        more += ["--freeze-vision", "--checkpointing"]
+    forked(*stage_command(stage, world, tmp_path / "one", *more))
+    run(*stage_command(stage, world, tmp_path / "two", *more, "--batch", 1, "--accumulate", 2), ranks=2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    print(stage, "largest relative difference", same_losses(losses(one), losses(two), 1e-5))
+
+
+def test_sharded_runs_resume_on_other_numbers_of_ranks(world, tmp_path):
+    """Two ranks go on bit for bit from their own checkpoint; one rank goes on from it, and two from one's, to 1e-5."""
+    two, one = ("--batch", 2), ("--batch", 4)
+    forked_ranks(*stage_command("lam", world, tmp_path / "two", *two))
+    forked(*stage_command("lam", world, tmp_path / "one", *one))
+    for source, more, name in (("two", two, "two on two"), ("two", one, "one on two"), ("one", two, "two on one")):
+        folder = tmp_path / name
+        rewind(tmp_path / source, folder, batch=more[1])
+        go = forked if more == one else forked_ranks
+        go(*stage_command("lam", world, folder, *more, "--resume"))
+        same_losses(losses(metrics(tmp_path / source)), losses(metrics(folder)), 1e-5)
+    assert metrics(tmp_path / "two on two") == metrics(tmp_path / "two")
+    assert weights(tmp_path / "two on two") == weights(tmp_path / "two")
+
+
+def rewind(source: Path, target: Path, step: int = 4, **changes) -> None:
+    """A copy of a run as a kill after the checkpoint of `step` left it: some lines of the log are already past it."""
+    shutil.copytree(source, target)
+    for found in common.checkpoints(target):
+        if int(found.name[5:]) > step:
+            shutil.rmtree(found)
+    args = json.loads((target / "args.json").read_text()) | {"out": str(target)} | changes
+    common.write_json(target / "args.json", args)
+
+
+# -- kills -------------------------------------------------------------------------------------------------------------
+
+def killer(moment: str):
+    """Arranges that this process kills itself at a moment of the save of step 8."""
+    replace, write_json, save_file = os.replace, common.write_json, common.save_file
+
+    def die_if(now: str, path: object) -> None:
+        if now == moment and "step_00000008" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(tensors, path):
+        save_file(tensors, path)
+        if path.name == "model.safetensors":
+            die_if("model written", path)
+        elif moment == "optimizer half written" and "step_00000008" in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            die_if(moment, path)
+
+    def write(path, value):
+        die_if("before meta", path)
+        write_json(path, value)
+
+    def rename(a, b):
+        die_if("before rename", b if str(b).endswith("8") else "")
+        replace(a, b)
+        die_if("after rename", b if str(b).endswith("8") else "")
+
+    common.save_file, common.write_json, os.replace = save, write, rename
+
+
+MOMENTS = ("model written", "optimizer half written", "before meta", "before rename", "after rename")
+
+
+@pytest.mark.parametrize(
+    "stage,moment", [("lam", m) for m in MOMENTS] + [("distill", "model written"), ("finetune", "before rename")]
+)
+def test_killed_in_a_save(stage, moment, world, tmp_path):
+    """SIGKILL inside the second save: --resume goes on from the first, and ends where the uninterrupted run ended."""
+    out = tmp_path / stage
+    words = stage_command(stage, world, out)
+    forked(*words, before=lambda: killer(moment), code=-signal.SIGKILL)
+    last = 8 if moment == "after rename" else 4
+    assert common.find_checkpoint(out, stage).name == f"step_{last:08d}"
+    forked(*words, "--resume")
+    assert metrics(out) == metrics(world / stage)
+    assert weights(out) == weights(world / stage)
+    assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("stage,lines", [("lam", 3), ("lam", 8), ("distill", 7), ("finetune", 2), ("finetune", 6)])
+def test_killed_while_training(stage, lines, world, tmp_path):
+    """SIGKILL from outside, somewhere after so many lines of the log: before the first save (5 lines) and after it."""
+    out = tmp_path / stage
+    words = stage_command(stage, world, out)
+    pid, log, deadline = start(*words), out / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    forked(*words, "--resume")
+    assert metrics(out) == metrics(world / stage)
+    assert weights(out) == weights(world / stage)
+
+
+# -- wrong commands ----------------------------------------------------------------------------------------------------
+
+
+def refused(words: list[object], *says: str) -> None:
+    """The command ends with one line `error: ...` that says so, exit code 2, and no traceback."""
+    _, text = forked(*words, code=2)
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and all(w in lines[0] for w in says), text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_is_never_overwritten(stage, world):
+    out = world / stage
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    refused(stage_command(stage, world, out), "already holds a run", "--resume", "--out")
+    refused(stage_command(stage, world, out, "--resume", "--lr", 0.5), "lr", "0.5", "--out")
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_run_resumes_to_nothing(stage, world):
+    before = weights(world / stage), metrics(world / stage)
+    forked(*stage_command(stage, world, world / stage, "--resume"))
+    assert before == (weights(world / stage), metrics(world / stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wrong_path_can_be_put_right(stage, world, tmp_path):
+    """A command that failed before it computed anything is no run: the corrected one may use the same folder."""
+    words = stage_command(stage, world, tmp_path / stage)
+    refused([tmp_path / "nowhere" if w == world / "data" else w for w in words], "nowhere", "--data")
+    assert not (tmp_path / stage / "checkpoints").exists()
+    forked(*words, "--steps", 1)
+
+
+@pytest.mark.parametrize("stage,flag,other", [("distill", "--lam", "finetune"), ("finetune", "--init", "lam")])
+def test_a_checkpoint_of_another_stage_is_refused(stage, flag, other, world, tmp_path):
+    refused(stage_command(stage, world, tmp_path / stage, flag, world / other), other)
+
+
+def test_a_missing_teacher_names_the_command(world, tmp_path):
+    refused(stage_command("distill", world, tmp_path / "out", "--lam", tmp_path / "tiny/lam"), "python lam.py --tiny")
+
+
+# -- help, imports -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_fields_and_presets(stage):
+    _, text = forked(f"{stage}.py", "--help")
+    for word in ("--tiny", "--small", "--resume", "--lr", "(our choice)", "(Sec. 6.3)", "steps=200"):
+        assert word in text, word
+    assert "Traceback" not in text
+
+
+IMPORT = """
+import os, sys
+import numpy as np, torch
+torch.manual_seed(7); np.random.seed(7)
+for name in sys.argv[1].split(","):
+    environment, argv, files = dict(os.environ), list(sys.argv), set(os.listdir("."))
+    seed, state, threads = torch.get_rng_state(), np.random.get_state()[1].copy(), torch.get_num_threads()
+    __import__(name)
+    assert sys.argv == argv, name
+    assert dict(os.environ) == environment, (name, set(os.environ.items()) ^ set(environment.items()))
+    assert torch.equal(torch.get_rng_state(), seed) and (np.random.get_state()[1] == state).all(), name
+    assert not torch.distributed.is_initialized() and torch.get_num_threads() == threads, name
+    assert set(os.listdir(".")) == files, name
+print("clean")
+"""
+
+
+def test_importing_does_nothing(tmp_path):
+    """No flags read, no seed set, no process group, no environment variable, no file, nothing printed."""
+    names = ",".join(sorted(p.stem for p in ROOT.glob("*.py")))
+    words = [sys.executable, "-c", IMPORT, names, "--no-such-flag"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "clean\n"
+
+
+ALLOWED = {
+    "common": set(), "lam": {"common"}, "distill": {"common", "lam"}, "finetune": {"common", "lam", "distill"},
+    "evaluate": {"common", "lam", "distill", "finetune", "franka"}, "franka": {"common"},
+}  # fmt: skip
+
+
+def imported(path: Path, anywhere: bool = True) -> set[str]:
+    """The names of this repository's modules that a file imports (`anywhere`: also inside functions)."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[0] for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(("data" if node.level else (node.module or "")).split(".")[0])
+    return found & {*ALLOWED, "data"}
+
+
+def test_imports_go_one_way():
+    """common <- lam <- distill <- finetune <- evaluate; franka needs common, and a policy only where it runs one."""
+    for path in ROOT.glob("*.py"):
+        assert path.stem in ALLOWED, f"an unexpected script {path.name}"
+        assert imported(path, anywhere=path.stem != "franka") <= ALLOWED[path.stem], path.name
+    assert imported(ROOT / "franka.py") <= {"common", "finetune"}
+    for path in (ROOT / "data").glob("*.py"):
+        assert imported(path) <= {"common", "franka", "data"}, path.name
