@@ -17,6 +17,7 @@ Conventions, once and for all:
 """
 
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -147,6 +148,7 @@ def teardown(process: Process) -> None:
     """Leaves the process group. Call it after the sharded model and its optimizer are gone (`del`, gc), or gloo may
     abort at exit."""
     if process.world > 1:
+        gc.collect()
         dist.barrier()
         dist.destroy_process_group()
 
@@ -558,7 +560,7 @@ class LeRobotReader:
         if not (self.root / "meta/info.json").exists():
             raise InputError(
                 f"no LeRobot data set at {self.root} (no meta/info.json): record one with "
-                f"`python franka.py --record 100 --out {self.root}`, or give another --data"
+                f"`python franka.py --record 100 --task all --out {self.root}`, or give another --data"
             )
         self.info = self._json(self.root / "meta/info.json")
         version = self.info.get("codebase_version", "?")
@@ -1027,7 +1029,7 @@ STUDENT_PROMPT = "{sent}\n"
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>",
            "<|im_end|>", "[CP_SCE]", "[CP_MOT]")  # fmt: skip
-_WORDS = """pick up the red cup pick up the blue cup put the building block into the corresponding slot close the oven
+_WORDS = """pick up the red cup pick up the blue cup put the block into the slot close the oven
 dip the brush in the sauce put the pot in the oven move above reach for grasp close the gripper around lift release open
 the gripper lower carry push pull slide turn stack place on top of beside left right front back plate bowl drawer towel
 carrot spoon eggplant basket green yellow orange purple white black box ball handle door lid table arm hand robot then
@@ -1172,10 +1174,11 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
     """Prepares a run folder. Returns it and the checkpoint to resume from, or None.
 
     Raises InputError when the folder already holds a run and --resume was not given, or when the run that is there had
-    other arguments: bit-exact resuming would be a lie."""
+    other arguments: bit-exact resuming would be a lie. A folder without a checkpoint or a line of log holds nothing
+    that could be lost, and is taken over."""
     run, kept, now = Path(out), None, json.loads(json.dumps(dataclasses.asdict(args), default=str))
-    if (run / "args.json").exists():
-        found = checkpoints(run)
+    found = checkpoints(run)
+    if (run / "args.json").exists() and (found or read_metrics(run)):
         if not resume:
             at = found[-1].name if found else "no checkpoint yet"
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")
@@ -1190,7 +1193,7 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
         run.mkdir(parents=True, exist_ok=True)
         for partial in run.glob("checkpoints/*.partial"):
             shutil.rmtree(partial)  # a save that a kill interrupted
-        if not (run / "args.json").exists():
+        if kept is None:
             write_json(run / "args.json", now)
     process.barrier()
     return run, kept
@@ -1224,7 +1227,8 @@ def save_checkpoint(
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=process.world > 1 or process.device.type == "cuda")
     weights = get_model_state_dict(model, options=options)
-    moments = get_optimizer_state_dict(model, optimizer, options=options)["state"] if optimizer else {}
+    # Only rank 0 gets the gathered state; the others get an empty dictionary.
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {}) if optimizer else {}
     final = run / f"checkpoints/step_{step:08d}"
     if process.main and not final.exists():
         partial = final.with_name(final.name + ".partial")
@@ -1304,7 +1308,7 @@ class MetricsLog:
         self.file = None
         if process.main:
             path = run / "metrics.jsonl"
-            kept = [json.dumps(row) + "\n" for row in read_metrics(run) if row["step"] <= start]
+            kept = [json.dumps(row) + "\n" for row in read_metrics(run) if start and row["step"] <= start]
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(kept))
             os.replace(partial, path)

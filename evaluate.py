@@ -9,8 +9,8 @@
     python evaluate.py sim --policy runs/small/finetune --tasks pick_cup block_slot --trials 20
 
 Reads checkpoints of the other stages and held-out windows of the data sets they were trained on. Writes
-runs/<preset>/evaluate/report.json, sim.json (one entry a trial) and runs/<preset>/report.png. Reports that ran before
-are kept: `evaluate.py lam` renews the LAM's part of report.json only.
+runs/<preset>/evaluate/report.json, sim.json (one entry a trial) and runs/<preset>/report.png. One report by itself
+renews its part of report.json, keeps the others, and draws report_<which>.png.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The paper judges by success rates alone. Users of latent action models ask above all whether theirs is any good, so
@@ -79,7 +79,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     lam="runs/small/lam", student="runs/small/distill", policy="runs/small/finetune", out="runs/small/evaluate",
-    samples=256, frames=64, trials=20, image_size=96,
+    samples=256, frames=64, tasks=("pick_cup",), trials=20, image_size=96,
 )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     model, trained, meta = lam.load_lam(args.lam)
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights)
     model = model.to(process.device).eval()
-    codec = lam.load_codec(trained.decoder, process)
+    codec = lam.load_codec(trained.decoder, model.decoder.config.in_channels, process)
     windows = lam.make_windows(trained, "val")
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
@@ -200,7 +200,7 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
 
 @torch.no_grad()
 def report_student(args: Args, process: Process) -> dict[str, Any]:
-    """Held-out cosine, losses and perplexity, a probe from Zhat to the next actions, and sentences the student writes."""
+    """Held-out cosine, losses and perplexity, a probe from Zhat to the next actions, and a few written sentences."""
     student, trained, meta = distill.load_student(args.student)
     teacher, teacher_args, _ = lam.load_lam(trained.lam if args.what == "student" else args.lam)
     student, teacher = student.to(process.device).eval(), teacher.to(process.device).eval()
@@ -260,15 +260,19 @@ def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film: list[np.ndarray], report: dict) -> None:
-    """One PNG: reconstructions, decoded actions, the three stages' losses, the rollout."""
+def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film: list, report: dict) -> None:
+    """One PNG: reconstructions, decoded actions, the stages' losses, the rollout; what there is of them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig = plt.figure(figsize=(15, 17), layout="constrained")
-    top, middle, curves, bottom = fig.subfigures(4, 1, height_ratios=[6, 3.2, 3.2, 2.6])
+    decoded = pictures is not None and pictures["predicted"] is not None
+    heights = [6.5 * (pictures is not None), 3.2 * decoded, 3.2, 2.8 * bool(film)]
+    fig = plt.figure(figsize=(15, sum(heights)), layout="constrained")
+    present = [h for h in heights if h]
+    parts = iter(fig.subfigures(len(present), 1, height_ratios=present, squeeze=False)[:, 0])
+    top, middle, curves, bottom = (next(parts) if h else None for h in heights)
     if pictures:
         rows = [("V_t, copied", "first"), ("sampled V_{t+k}", "sampled"), ("true V_{t+k}", "last"),
                 ("Z of the left neighbour", "transferred")]  # fmt: skip
@@ -285,7 +289,7 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
                 if r == 0:
                     axes[r, col].set_title(pictures["instructions"][i], fontsize=7)
             axes[r, 0].set_ylabel(label, fontsize=9)
-        if pictures["predicted"] is not None:
+        if decoded:
             names = [i for i in range(len(ACTION_NAMES)) if pictures["mask"][..., i].any()][-7:]
             axes = middle.subplots(1, len(names), squeeze=False)[0]
             middle.suptitle(f"actions, decoded against true (normalised): R2 {n['action_r2']:.2f}, squared error "
@@ -352,8 +356,9 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
         if args.what in ("all", part):
             values = {k: v for k, v in report[part].items() if isinstance(v, float)}
             print(f"{part}:\n" + "\n".join(f"  {k:28} {v:9.4f}" for k, v in values.items()))
-    picture = out.parent / "report.png"
-    draw(picture, pictures, {"lam": args.lam, "distill": args.student, "finetune": args.policy}, film, report)
+    picture = out.parent / ("report.png" if args.what == "all" else f"report_{args.what}.png")
+    runs = {"lam": args.lam, "student": args.student, "sim": args.policy}
+    draw(picture, pictures, {k: v for k, v in runs.items() if args.what in ("all", k)}, film, report)
     print(f"wrote {path} and {picture}")
     return report
 

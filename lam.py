@@ -23,11 +23,13 @@ Where we depart from the paper, or fill in what it does not say:
     distillation target (Eq. 4) then has unit scale. The paper gives no head.
  2. [CP_SCE] and [CP_MOT] stand for 64 positions each, with 64 learned embeddings each.
  3. The future frame is learned by rectified flow, as SANA was trained: x_s = (1-s) x + s noise, velocity = noise - x,
-    s logit-normal with shift 3. V_t enters through zero-initialised input channels, beside SANA's own.
+    s logit-normal with shift 3, and s = 1 for a quarter of the samples. V_t enters through zero-initialised input
+    channels, beside SANA's own.
  4. The exchange is one cross-attention in each direction after every SANA block. The one into the scene stream is
     multiplied by a gate that starts at zero, so that at initialisation the scene stream is SANA to the last bit. The
     motion stream knows the noise level s; actions are read out at s = 1, where the scene stream sees only noise, so
-    what it knows about the future can only come from Z.
+    what it knows about the future can only come from Z. Without UAD there are no motion tokens, and the gated
+    cross-attention reads Z_mot itself.
  5. L = L_frame + lambda_a L_action with lambda_a = 1. L_action: squared error over moving dimensions, and binary
     cross-entropy over grippers, each averaged over all valid entries of the global batch. Samples without actions add
     L_frame alone.
@@ -57,17 +59,21 @@ from common import GRIPPERS, MOTION, InputError, Process, View, Windows
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
 
 SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights (our choice)
-    # Patches of 4 x 4 and 6 x 6 pixels: velocity contains the noise, so a token must be wider than its patch has channels.
+    # Patches of 4 x 4 and 6 x 6 pixels: a velocity contains the noise, so a token must be wider than its patch. SANA
+    # tells places apart by its convolutions alone; with two to four layers, sine and cosine embeddings help it.
     "sana-tiny": dict(
         num_layers=2, num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
         cross_attention_head_dim=32, cross_attention_dim=128, in_channels=48, out_channels=48, sample_size=16,
+        interpolation_scale=1,
     ),
     "sana-small": dict(
         num_layers=4, num_attention_heads=8, attention_head_dim=32, num_cross_attention_heads=4,
         cross_attention_head_dim=64, cross_attention_dim=256, in_channels=108, out_channels=108, sample_size=16,
+        interpolation_scale=1,
     ),
 }  # fmt: skip
 FLOW_SHIFT = 3.0  # SANA's own: more training on high noise
+PURE_NOISE = 0.25  # share of samples at s = 1, where actions are read out (our choice)
 
 
 @dataclass
@@ -203,8 +209,8 @@ class Encoder(nn.Module):
         rows = [head + text(question.format(sent=sent)) + answer for sent in instructions]
         length, limit = max(map(len, rows)), self.config.text_config.max_position_embeddings
         if length > limit:
-            raise InputError(f"{frames} frames and an instruction of {max(map(len, instructions))} letters make {length} "
-                             f"tokens, the VLM takes {limit}: lower --frames or shorten the instruction")  # fmt: skip
+            raise InputError(f"{frames} frames and an instruction of {max(map(len, instructions))} letters make "
+                             f"{length} tokens, the VLM takes {limit}: lower --frames or shorten the instruction")
         ids, kind = torch.tensor([row + [(pad, 0)] * (length - len(row)) for row in rows]).unbind(-1)
         mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
         return ids, kind, mask.long()
@@ -404,10 +410,11 @@ def load_part(kind: type, source: str, subfolder: str, dtype: torch.dtype) -> nn
     return model
 
 
-def load_codec(decoder: str, process: Process) -> PixelCodec | DeepCodec:
-    """The image codec that belongs to a decoder. Raises InputError where the weights cannot be found."""
+def load_codec(decoder: str, channels: int, process: Process) -> PixelCodec | DeepCodec:
+    """The image codec that belongs to a decoder with so many input channels. Raises InputError where the weights
+    cannot be found."""
     if decoder in SANA_SIZES:
-        return PixelCodec(math.isqrt(SANA_SIZES[decoder]["in_channels"] // 3))
+        return PixelCodec(math.isqrt(channels // 3))
     return DeepCodec(decoder, process.device, process.dtype)
 
 
@@ -459,6 +466,8 @@ def flow(x: Tensor, index: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     eps = common.noise(x.shape[1:], index, seed, x.device)
     u = torch.sigmoid(common.noise((), index, seed, x.device, purpose=1))  # logit-normal, as SANA was trained
     s = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+    pure = torch.special.ndtr(common.noise((), index, seed, x.device, purpose=4)) < PURE_NOISE
+    s = torch.where(pure, 1.0, s)
     at = s[:, None, None, None]
     return (1 - at) * x + at * eps, s, eps - x
 
@@ -606,7 +615,7 @@ def train(args: Args, process: Process) -> None:
     if kept:
         start = common.load_meta(kept)["step"]
         common.load_weights(model, kept)
-    codec = load_codec(args.decoder, process)
+    codec = load_codec(args.decoder, model.decoder.config.in_channels, process)
     tokenizer = model.encoder.tokenizer
     meta = {"stage": "lam", "args": asdict(args), "encoder_config": model.encoder.config.to_dict(),
             "decoder_config": dict(model.decoder.config), "statistics": windows.statistics()}  # fmt: skip

@@ -9,6 +9,7 @@ Everything goes to a temporary folder.
 
 import contextlib
 import io
+import os
 import sys
 import tempfile
 import time
@@ -60,6 +61,7 @@ def main() -> None:
             f"{task:12s} {r['rate']:10.1f} {r['episodes'] / r['seconds']:10.1f} {r['rate'] * frames:9.0f} "
             f"{r['rate'] * frames:8.0f} {frames:9.1f}"
         )
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores: more load than workers makes it slower")
     print("\nrendering alone, one process: camera pairs a second")
     for look in ("capsule", "mesh"):
         for size in (64, 128, 256):

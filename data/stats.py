@@ -67,12 +67,11 @@ def main() -> None:
         raise InputError(f"--stride {args.stride}: give 1 or more")
     reader = LeRobotReader(args.source)
     stats = reader.stats | statistics(reader, args.stride)
-    if reader.mapping_path:
-        path = reader.mapping_path
-        write_json(path, reader.mapping | {"stats": stats})
-    else:
-        path = Path(reader.root) / "meta/stats.json"
-        write_json(path, stats)
+    path = reader.mapping_path or Path(reader.root) / "meta/stats.json"
+    try:
+        write_json(path, reader.mapping | {"stats": stats} if reader.mapping_path else stats)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; copy the data set or the mapping first") from None
     key = "action" if args.stride == 1 else f"action.stride{args.stride}"
     for name, low, high in zip(reader.action_names, stats[key]["q01"], stats[key]["q99"], strict=True):
         print(f"{key} {name}: q01 {low:.4g}, q99 {high:.4g}")

@@ -59,7 +59,7 @@ def run(*args: object, ranks: int = 1, code: int | None = 0, timeout: float = 24
     done = subprocess.run(
         command(*args, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
     )
-    assert code is None or done.returncode == code, f"exit {done.returncode}: {done.stdout[-999:]}\n{done.stderr[-4000:]}"
+    assert code is None or done.returncode == code, f"exit {done.returncode}: {done.stderr[-4999:]}"
     return done
 
 

@@ -214,11 +214,15 @@ def test_describe_is_the_teacher_forced_argmax(overfitted):
     student = h.make_student()
     student.load_state_dict(halfway)
     for model, pixels in ((student, images), (trained, h.pictures(4, seed=9))):
+        seen, head = [], model.logits
+        model.logits = lambda hidden: seen.append(head(hidden)) or seen[-1]  # noqa: B023
         written = model.describe(pixels, instructions, limit=6)
+        del model.logits
         _, logits, words = model(pixels, instructions, written)
         for i in range(4):
             n = min(6, int((words[i] >= 0).sum()))  # six words at most, end of sentence included
             assert logits[i, :n].argmax(-1).tolist() == words[i, :n].tolist(), (i, written)
+            close(torch.cat(seen, 1)[i, :n], logits[i, :n], 1e-4)
     assert model.describe(pixels, instructions, limit=6) == [
         model.describe(pixels[i : i + 1], instructions[i : i + 1], limit=6)[0] for i in range(4)
     ]
