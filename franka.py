@@ -107,7 +107,7 @@ class Args:
 
 
 TINY = Args(trials=2, image_size=64, out="runs/tiny/franka")
-SMALL = Args(image_size=64, out="runs/small/franka")
+SMALL = Args(image_size=96, out="runs/small/franka")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rendering
@@ -953,13 +953,15 @@ def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
             print("no fine-tuned policy in runs/: the scripted expert shows the task (it looks into the simulator)")
             return ExpertPolicy()
         print(f"policy: {path}")
-    common.find_checkpoint(path, "finetune")  # says what is wrong before the models are imported
+    found = common.find_checkpoint(path, "finetune")  # says what is wrong before the models are imported
     import finetune
 
     policy = finetune.load_policy(path)
     if policy.hz != HZ:
         raise InputError(f"{path} was trained at {policy.hz} Hz, the robot runs at {HZ}: train with --hz {HZ}")
-    return ChunkPolicy(policy, path)
+    # The checkpoint and its time are part of the name: results of a policy trained anew never mix with the old one's.
+    made = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(common.load_meta(found)["time"]))
+    return ChunkPolicy(policy, f"{path} {found.name} of {made}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
