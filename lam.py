@@ -154,9 +154,9 @@ class Args:
 
 TINY = Args(
     data=("data/tiny",), out="runs/tiny/lam", encoder="internvl-tiny", decoder="sana-tiny", freeze_vision=False,
-    frames=8, image_size=64, scene_tokens=8, motion_tokens=8, latent_dim=128, motion_width=128, motion_heads=4,
-    batch=8, accumulate=1, steps=200, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15,
-    val_samples=64, save_every=50, log_every=10, workers=0, preload=True,
+    frames=4, image_size=64, scene_tokens=8, motion_tokens=8, latent_dim=128, motion_width=128, motion_heads=4,
+    batch=8, accumulate=1, steps=300, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15,
+    val_samples=64, save_every=100, log_every=10, workers=0, preload=True,
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
