@@ -41,6 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
@@ -72,7 +73,24 @@ def parse_args(args_type: type, presets: dict[str, Any], description: str, argv:
     return tyro.cli(args_type, default=default, args=rest, description="\n".join(lines))
 
 
-def run_main(main: Callable[[], None]) -> None:
+def at_least(args: Any, **least: float) -> None:
+    """Raises InputError for a numeric argument, or one of several, that is below its bound or NaN."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        for v in value if isinstance(value, tuple) else (value,):
+            if v is not None and not v >= low:
+                raise InputError(f"--{name.replace('_', '-')} {v}: must be at least {low:g}")
+
+
+def check_training(args: Any) -> None:
+    """Raises InputError for a value that no learning stage can work with."""
+    at_least(args, steps=1, batch=1, accumulate=1, save_every=1, log_every=1, val_samples=1)
+    at_least(args, workers=0, warmup=0, seed=0, val_every=0, lr=0, min_lr=0, weight_decay=0, betas=0)
+    if not all(b < 1 for b in args.betas) or not 0 < args.clip < math.inf:
+        raise InputError(f"--betas {args.betas} must be below 1, and --clip {args.clip} positive")
+
+
+def run_main(main: Callable[[], None], resumes: bool = True) -> None:
     """Runs a script's main(): user errors become one line and exit code 2, Ctrl-C exit code 130."""
     try:
         main()
@@ -84,8 +102,12 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command with --resume to continue", file=sys.stderr)
+        more = " with --resume to continue" if resumes else " again"
+        print(f"interrupted; run the same command{more}", file=sys.stderr)
         sys.exit(130)
+    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
+        sys.exit(2)
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
@@ -128,20 +150,27 @@ class Process:
             dist.barrier()
 
 
+def here() -> Process:
+    """This process by itself, without seeding anything: float32 on a CPU, bfloat16 on a GPU."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    return Process(0, 1, device, torch.bfloat16 if cuda else torch.float32)
+
+
 def setup(seed: int) -> Process:
     """Joins torchrun's process group if there is one, picks the device and seeds the weights' initialisation.
 
-    float32 on a CPU, bfloat16 on a GPU. Every rank gets the same seed, so that all build the same initial model."""
+    Every rank gets the same seed, so that all build the same initial model."""
+    process = here()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    cuda = process.device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(process.device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     torch.manual_seed(seed)
     np.random.seed(seed)
-    return Process(rank, world, device, torch.bfloat16 if cuda else torch.float32)
+    return dataclasses.replace(process, rank=rank, world=world)
 
 
 def teardown(process: Process) -> None:
@@ -252,7 +281,8 @@ def strided_actions(episode: dict[str, Any], starts: np.ndarray, stride: int) ->
 # --------------------------------------------------------------------------------------------------------------------
 
 # (our choice) A dimension that moves less than this (2 mm, 2 mrad) is sensor noise: it is not blown up to [-1, 1].
-MIN_RANGE = 2e-3
+# Components of a quaternion get 0.1: a tool that always points down must not make a tilt of some degrees enormous.
+MIN_RANGE, MIN_QUATERNION_RANGE = 2e-3, 0.1
 
 
 class Normalizer(nn.Module):
@@ -280,7 +310,8 @@ class Normalizer(nn.Module):
         for name, low, high in zip(columns, *quantiles, strict=True):
             if not name.endswith("gripper"):
                 self.centre[self.names.index(name)] = (low + high) / 2
-                self.scale[self.names.index(name)] = max(high - low, MIN_RANGE) / 2
+                least = MIN_QUATERNION_RANGE if name.split("_")[1][0] == "q" else MIN_RANGE
+                self.scale[self.names.index(name)] = max(high - low, least) / 2
         return self
 
     def normalize(self, x: Tensor) -> Tensor:
@@ -415,8 +446,11 @@ class LeRobotWriter:
             if not resume:
                 raise InputError(f"{self.root} holds a data set: add --resume to extend it, or choose another --out")
             self._continue()
-        elif self.root.exists() and any(self.root.iterdir()) and not resume:
-            raise InputError(f"{self.root} is not empty: choose another --out, or --resume if a recorder died in it")
+        elif self.root.exists() and (there := sorted(p.name for p in self.root.iterdir())):
+            # What a recorder leaves that died before its first flush is taken over, and nothing else.
+            if not resume or not set(there) <= {"meta", "data", "videos"}:
+                raise InputError(f"{self.root} is not empty ({', '.join(there[:4])}) and holds no data set: choose "
+                                 f"another --out, or --resume if a recorder died in it")  # fmt: skip
 
     @property
     def num_episodes(self) -> int:
@@ -566,6 +600,8 @@ class LeRobotReader:
         version = self.info.get("codebase_version", "?")
         if version not in ("v2.0", "v2.1", "v3.0"):
             raise InputError(f"{self.root}: LeRobot format {version} is not supported (v2.1 and v3.0 are)")
+        if lacking := sorted({"fps", "features", "data_path", "video_path"} - set(self.info)):
+            raise InputError(f"{self.root}/meta/info.json lacks {lacking}: copy the data set again")
         self.v3, self.fps = version == "v3.0", float(self.info["fps"])
         self.mapping, self.mapping_path = self._load_mapping(mapping)
         self._check_columns()
@@ -592,7 +628,10 @@ class LeRobotReader:
             if path is None:
                 known = sorted(p.stem for p in folder.glob("*.json"))
                 raise InputError(f"no mapping {name!r}: give a JSON file or one of {known} after {self.root}@")
-            return self._json(path), path
+            mapping = self._json(path)
+            if not isinstance(mapping, dict):
+                raise InputError(f"{path} is no mapping: a JSON object like data/mappings/sim_pick_place.json is one")
+            return mapping, path
         named: dict[str, Any] = {"images": {k.removeprefix(_IMAGE): k for k in features if k.startswith(_IMAGE)}}
         for key, kind in ((_STATE, "state"), (_ACTION, "action")):
             names = (features.get(key) or {}).get("names")
@@ -603,6 +642,8 @@ class LeRobotReader:
     def _check_columns(self) -> None:
         m, features = self.mapping, self.info["features"]
         hint = "columns must carry the unified names, or a mapping must name them: --data PATH@MAPPING (data/mappings)"
+        if self.mapping_path:
+            hint = f"{self.mapping_path} must name some of the columns {sorted(features)}"
         if not m.get("state") and not m.get("action"):
             raise InputError(f"{self.source}: neither `{_STATE}` nor `{_ACTION}` with names in meta/info.json; {hint}")
         for kind, names in (("state", STATE_NAMES), ("action", ACTION_NAMES), ("target", STATE_NAMES)):
@@ -631,7 +672,7 @@ class LeRobotReader:
             files = sorted((meta / "episodes").rglob("*.parquet"))
             if not files or not (meta / "tasks.parquet").exists():
                 raise InputError(f"{self.source}: meta/episodes or meta/tasks.parquet is absent: copy it again")
-            rows = [row for f in files for row in pq.read_table(f).to_pylist()]
+            rows = [row for f in files for row in self._parquet(f).to_pylist()]
             self.tasks, self.subtasks = (self._texts(meta / f"{k}s.parquet", f"{k}_index") for k in ("task", "subtask"))
         else:
             rows, tasks = (self._json(meta / f"{k}.jsonl", lines=True) for k in ("episodes", "tasks"))
@@ -645,11 +686,16 @@ class LeRobotReader:
         path = meta / "stats.json"
         self.stats = self.mapping.get("stats", {}) if self.mapping_path else self._json(path) if path.exists() else {}
 
-    @staticmethod
-    def _texts(path: Path, index: str) -> list[str]:
+    def _parquet(self, path: Path) -> pa.Table:
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
+
+    def _texts(self, path: Path, index: str) -> list[str]:
         if not path.exists():
             return []
-        table = pq.read_table(path).to_pydict()
+        table = self._parquet(path).to_pydict()
         text = next(v for k, v in table.items() if k != index)
         return [t for _, t in sorted(zip(table[index], text, strict=True))]
 
@@ -775,7 +821,7 @@ class LeRobotReader:
     def video_path(self, i: int, camera: str) -> tuple[Path, float]:
         """The file that holds episode i as seen by a camera, and the time in it at which the episode starts."""
         if camera not in self.mapping["images"]:
-            raise InputError(f"{self.source} has no camera {camera!r}, it has {list(self.cameras)}")
+            raise InputError(f"{self.source} has no camera {camera!r}, it has {list(self.cameras)}: choose with --camera or --cameras")
         key, row = self.mapping["images"][camera], self.episodes[i]
         place = self._place(row, f"videos/{key}")
         start = row[f"videos/{key}/from_timestamp"] if self.v3 else 0.0
@@ -930,12 +976,16 @@ class Windows(torch.utils.data.Dataset):
         return "\n".join(["data:", *rows])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.draw(index)
+
+    def draw(self, index: int, pictures: bool = True) -> dict[str, Any]:
+        """Sample `index` of the stream, on request without its pictures."""
         rng = np.random.default_rng([self.seed, index])
         d = int(rng.choice(len(self.readers), p=self.weights))
-        return self.window(d, int(rng.integers(self.ends[d][-1]))) | {"index": index}
+        return self.window(d, int(rng.integers(self.ends[d][-1])), pictures) | {"index": index}
 
-    def window(self, d: int, k: int) -> dict[str, Any]:
-        """The k-th window of data set d."""
+    def window(self, d: int, k: int, pictures: bool = True) -> dict[str, Any]:
+        """The k-th window of data set d, on request without its pictures, which are the slow part."""
         reader, stride = self.readers[d], self.strides[d]
         at = int(np.searchsorted(self.ends[d], k, side="right"))
         i, t = int(self.chosen[d][at]), int(k - (self.ends[d][at - 1] if at else 0))
@@ -956,7 +1006,7 @@ class Windows(torch.utils.data.Dataset):
             "state": torch.where(state_mask, self.state_norms[d].normalize(state), 0.0),
             "instruction": ep["task"], "subtask": ep["subtask"][t], "dataset": d, "window": k,
         }  # fmt: skip
-        for name, view in self.views.items():
+        for name, view in self.views.items() if pictures else ():
             wanted = [min(t + f * stride, n - 1) for f in range(view.frames)]
             unique = sorted(set(wanted))
             images = reader.pictures(i, view.camera, unique, view.size)
@@ -965,10 +1015,9 @@ class Windows(torch.utils.data.Dataset):
 
 
 def _held_out(episodes: int, every: int) -> list[int]:
-    """One episode in each run of `every`, drawn at random but always the same: tasks recorded in turn are all held out
-    now and then."""
+    """One episode in each run of `every`, a place further each time: of tasks recorded in turn, each has its turn."""
     starts = range(0, episodes - every + 1, every) if every else ()
-    return [b + int(np.random.default_rng([every, b]).integers(every)) for b in starts]
+    return [b + (b // every) % every for b in starts]
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -1097,8 +1146,8 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
         family, size, tokenizer = source.split("-")[0], VLM_SIZES[source], make_tokenizer()
         ids = tokenizer.convert_tokens_to_ids
         vision, text = dict(size["vision"]), dict(size["text"])
-        # The classes' standard deviation of 0.02 suits widths around 2,000; 1 / sqrt(width) gives narrow layers the same
-        # start, and without it they hardly learn in the few steps that these sizes are for (our choice).
+        # The classes' standard deviation of 0.02 suits widths around 2,000; 1 / sqrt(width) gives narrow layers the
+        # same start, and without it they hardly learn in the few steps that these sizes are for (our choice).
         vision |= {"initializer_range": vision["hidden_size"] ** -0.5}
         text |= {"initializer_range": text["hidden_size"] ** -0.5}
         vision |= {"layer_scale_init_value": 1.0} if family == "internvl" else {}
@@ -1187,7 +1236,7 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
             at = found[-1].name if found else "no checkpoint yet"
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")
         free = {"resume", "out", "workers", "log_every", "save_every", "preload"}
-        then = json.loads((run / "args.json").read_text())
+        then = read_json(run / "args.json")
         changed = {k: (then.get(k), v) for k, v in now.items() if k not in free and then.get(k) != v}
         if changed:
             raise InputError(f"{run} was started with other arguments (then, now): {changed}; choose another --out")
@@ -1254,13 +1303,49 @@ def save_checkpoint(
     process.barrier()
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file of a run. Raises InputError for a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it, or choose another --out") from None
+
+
 def load_meta(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "meta.json").read_text())
+    """A checkpoint's metadata. Raises InputError for a damaged file."""
+    try:
+        return json.loads((checkpoint / "meta.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{checkpoint} is damaged ({error}): delete it, and the one before it is used") from None
+
+
+def load_args(args_type: type, meta: dict[str, Any]) -> Any:
+    """The arguments that a checkpoint was trained with. Raises InputError when today's stage has other fields."""
+    try:
+        return args_type(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    except TypeError as error:
+        raise InputError(f"the checkpoint is of commit {meta.get('commit')}, whose {meta.get('stage')}.py had other "
+                         f"arguments ({error}): check that commit out, or train again") from None
+
+
+def check_resume(checkpoint: Path, windows: Windows) -> None:
+    """Raises InputError when the data sets are no longer those that a checkpoint was trained on."""
+    then, now = load_meta(checkpoint)["statistics"], json.loads(json.dumps(windows.statistics()))
+    if changed := [source for source in now if then.get(source) != now[source]]:
+        raise InputError(f"the data at {changed} have other statistics than when {checkpoint} was trained: put back "
+                         f"the data set that it saw, or choose another --out")
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete its folder, and the one before it is used") from None
 
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fills an unsharded model, strictly. Raises InputError naming what is missing, left over or of another shape."""
-    load_tensors(model, load_file(checkpoint / "model.safetensors"), str(checkpoint))
+    load_tensors(model, _load_tensors(checkpoint / "model.safetensors"), str(checkpoint))
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -1284,7 +1369,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
 
     options = sd.StateDictOptions(full_state_dict=True)
     state: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+    for key, value in _load_tensors(checkpoint / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("|")
         state.setdefault(name, {})[moment] = value
     groups = sd.get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
@@ -1317,20 +1402,24 @@ class MetricsLog:
             partial.write_text("".join(kept))
             os.replace(partial, path)
             self.file = path.open("a")
+        self.time = {"seconds": 0.0, "wait": 0.0}  # of the logged steps: how long, and how much of it without data
         self.bar = tqdm(total=steps, initial=start, desc=desc, unit="step", mininterval=1, disable=not process.main)
 
-    def write(self, step: int, values: dict[str, float], show: bool = True) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         if self.file is None:
             return
+        for key in self.time:
+            self.time[key] += values.get(key, 0.0)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if show:
-            tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
     def close(self) -> None:
         self.bar.close()
         if self.file is not None:
             self.file.close()
+            if self.time["seconds"]:
+                print(f"waiting for data: {self.time['wait'] / self.time['seconds']:.1%} of the time")
 
 
 def read_metrics(run: Path | str) -> list[dict[str, float]]:

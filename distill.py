@@ -20,7 +20,7 @@ instruction alone, and keeps its language by describing the subtask.
     L_r = - sum_i log p(w_{i+1} | w_{<=i}, l, V_1)                                                        Eq. 5
 
     python distill.py --tiny                                       a CPU, about a minute
-    python distill.py --small --data runs/data/play                a laptop in about an hour, a GPU in minutes
+    python distill.py --small                                      a laptop or one GPU, on the data of `lam.py --small`
     torchrun --nproc-per-node 16 distill.py --data A B C           the paper's run
 
 Reads LeRobot data sets (--data) and the latent action model of stage 1 (--lam). Writes runs/<preset>/distill/:
@@ -40,7 +40,6 @@ Where we depart from the paper, or fill in what it does not say:
  6. 130,000 steps at a batch of 256: our reckoning of 7 days of 16 A100s.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -283,7 +282,7 @@ def load_student(path: str | Path) -> tuple[Student, Args, dict[str, Any]]:
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "distill")
     meta = common.load_meta(found)
-    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    args = common.load_args(Args, meta)
     student = build(args, tuple(meta["tokens"]), meta["latent_dim"], found)
     common.load_weights(student, found)
     return student, args, meta
@@ -362,14 +361,6 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
                    args.val_every, preload=args.preload)  # fmt: skip
 
 
-def check_resume(kept: Path, windows: Windows) -> None:
-    """Raises InputError when the data sets are no longer those that a checkpoint was trained on."""
-    then, now = common.load_meta(kept)["statistics"], json.loads(json.dumps(windows.statistics()))
-    if changed := [source for source in now if then.get(source) != now[source]]:
-        raise InputError(f"the data at {changed} have other statistics than when {kept} was trained: put back the data "
-                         f"set that it saw, or choose another --out")  # fmt: skip
-
-
 def shard(student: Student, teacher: LAM, process: Process) -> None:
     """FSDP2 for both: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
@@ -392,7 +383,8 @@ def shard(student: Student, teacher: LAM, process: Process) -> None:
 
 
 def train(args: Args, process: Process) -> None:
-    teacher, teacher_args, _ = load_lam(args.lam)
+    teacher, teacher_args, taught = load_lam(args.lam)
+    taught = {k: taught[k] for k in ("step", "time", "commit")}
     run, kept = common.open_run(args.out, args, process, args.resume)
     teacher.decoder = None  # the larger part, and nothing here reads it
     teacher = teacher.to(process.device).eval().requires_grad_(False)
@@ -407,16 +399,19 @@ def train(args: Args, process: Process) -> None:
         if (tuple(then["tokens"]), then["latent_dim"]) != (tokens, latent_dim):
             raise InputError(f"{kept} has {then['tokens']} scene and motion tokens of width {then['latent_dim']}, the "
                              f"teacher at {args.lam} {list(tokens)} of {latent_dim}: give the --lam it learned from")
-        check_resume(kept, windows)
+        if then["teacher"] != taught:
+            raise InputError(f"{kept} learned from another checkpoint of {args.lam} ({then['teacher']}, now {taught}): "
+                             f"choose another --out to start anew")
+        common.check_resume(kept, windows)
         common.load_weights(student, kept)
     tokenizer = student.tokenizer
     meta = {"stage": "distill", "args": asdict(args), "student_config": student.config.to_dict(), "tokens": tokens,
-            "latent_dim": latent_dim, "camera": teacher_args.camera, "hz": teacher_args.hz,
+            "latent_dim": latent_dim, "teacher": taught, "camera": teacher_args.camera, "hz": teacher_args.hz,
             "statistics": windows.statistics()}  # fmt: skip
     if process.main:
         print(windows.summary())
-        print(f"inherited from {args.lam}: {tokens[0]} + {tokens[1]} latent tokens of width {latent_dim}, "
-              f"{teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
+        print(f"inherited from {args.lam}, step {taught['step']} of {teacher_args.steps}: {tokens[0]} + {tokens[1]} "
+              f"tokens of width {latent_dim}, {teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(student, teacher, process)
@@ -486,6 +481,8 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    common.check_training(args)
+    common.at_least(args, lambda_r=0)
     process = common.setup(args.seed)
     train(args, process)
     common.teardown(process)

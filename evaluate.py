@@ -17,11 +17,11 @@ Where we depart from the paper, or fill in what it does not say:
     there is a report without a robot: the questions and the controls are those of the field (DESIGN.md, section 3).
  2. Copying the current frame, predicting the mean action, a raw pixel encoding and shuffled latents are the baselines:
     a number that does not beat them means nothing.
- 3. Probes are ridge regressions on half of the held-out windows, scored on the other half.
+ 3. Probes are ridge regressions on half of the held-out windows, scored on the other half. Windows of one episode may
+    fall into both, so a probe's R2 is to be compared with its neighbours, not read by itself.
  4. Trials are paired: trial i has the same placement for every policy. Success rates come with Wilson's 95 % interval.
 """
 
-import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
+from tqdm import tqdm
 
 import common
 import distill
@@ -129,6 +130,7 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     model = model.to(process.device).eval()
     codec = lam.load_codec(trained.decoder, model.decoder.config.in_channels, process)
     windows = lam.make_windows(trained, "val")
+    bar = tqdm(total=args.samples, desc="lam report", unit="window", mininterval=1)
     columns: dict[str, list[Tensor]] = {}
     texts: list[str] = []
     for first in range(0, args.samples, trained.batch):
@@ -142,6 +144,8 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
         for k, v in row.items():
             columns.setdefault(k, []).append(v)
         texts += batch["instruction"]
+        bar.update(len(rows))
+    bar.close()
     c = {k: torch.cat(v) for k, v in columns.items()}
     z = (c["z_sce"], c["z_mot"])
     changes = {
@@ -170,7 +174,7 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
             motion, _ = lam.action_terms(a, c["action"], mask)
             out[f"action_mse_{name}"] = (motion / lam.valid_counts(mask)[0].clamp(min=1)).item()
     if trained.uad:
-        mean = lam.mean_action(lam.make_windows(trained, "train")).to(process.device)
+        mean = lam.mean_action(lam.make_windows(replace(trained, preload=False), "train")).to(process.device)
         baseline, _ = lam.action_terms(mean.expand_as(c["action"]), c["action"], c["mask"])
         out["action_mse_mean"] = (baseline / lam.valid_counts(c["mask"])[0].clamp(min=1)).item()
         out["action_r2"] = r2(actions["as_is"][..., MOTION], c["action"][..., MOTION], c["mask"][..., MOTION])
@@ -202,7 +206,10 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
 def report_student(args: Args, process: Process) -> dict[str, Any]:
     """Held-out cosine, losses and perplexity, a probe from Zhat to the next actions, and a few written sentences."""
     student, trained, meta = distill.load_student(args.student)
-    teacher, teacher_args, _ = lam.load_lam(trained.lam if args.what == "student" else args.lam)
+    teacher, teacher_args, taught = lam.load_lam(args.lam)
+    if meta["teacher"] != {k: taught[k] for k in meta["teacher"]}:
+        raise InputError(f"the student at {args.student} learned from {meta['teacher']} of {trained.lam}; {args.lam} "
+                         f"is now at step {taught['step']} of {taught['commit']}: distil again, or give its --lam")
     student, teacher = student.to(process.device).eval(), teacher.to(process.device).eval()
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
                       val_samples=args.samples)  # fmt: skip
@@ -211,7 +218,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     out |= {k.removeprefix("val_"): v for k, v in distill.validate(student, teacher, windows, trained, process).items()}
     student.eval()
     hats, raws, actions, masks = [], [], [], []
-    for first in range(0, args.samples, trained.batch):
+    for first in tqdm(range(0, args.samples, trained.batch), desc="student report", unit="batch", mininterval=1):
         rows = range(first, min(first + trained.batch, args.samples))
         batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
         hats.append(student(batch["first"], batch["instruction"]).float().cpu().flatten(1))
@@ -234,19 +241,20 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
 
 
 def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]]:
-    """Success rates by task; the entries, one a trial; and the frames of the first trial's film."""
-    import franka  # here, so that a report without a robot needs no simulator
+    """Success rates by task; the entries, one a trial; and the first ten seconds of film, frame by frame."""
+    import franka
 
     unknown = [t for t in args.tasks if t not in franka.TASKS]
     if unknown:
         raise InputError(f"unknown tasks {unknown}: choose from {list(franka.TASKS)}")
     policy = franka.make_policy(args.policy)
-    out: dict[str, Any] = {"policy": args.policy}
+    out: dict[str, Any] = {"policy": policy.name}
     entries: list[dict] = []
     film: list[np.ndarray] = []
+    keep = lambda frame: film.append(frame) if len(film) < 10 * franka.HZ else None  # a frame has most of a megabyte
     for task in args.tasks:
         rows = franka.run_trials(policy, task, args.trials, args.seed, image_size=args.image_size, seconds=args.seconds,
-                                 film=film.append if not film else None)  # fmt: skip
+                                 film=None if film else keep)  # fmt: skip
         k = sum(r["success"] for r in rows)
         low, high = common.wilson(k, len(rows))
         out[task] = {"successes": k, "trials": len(rows), "low": low, "high": high}
@@ -335,12 +343,13 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
 
 def evaluate(args: Args, process: Process) -> dict[str, Any]:
     """Runs the reports asked for, merges them into report.json and draws report.png."""
-    if args.samples < 8 or args.trials < 1:
-        raise InputError(f"--samples {args.samples} must be at least 8 and --trials {args.trials} at least 1")
+    common.at_least(args, samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16, seed=0)
+    if not args.tasks:
+        raise InputError(f"--tasks is empty: choose from {list(SIM_TASKS)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.json"
-    report = json.loads(path.read_text()) if path.exists() else {}
+    report = common.read_json(path) if path.exists() else {}
     pictures, film = None, []
     began = time.time()
     if args.what in ("all", "lam"):
@@ -357,8 +366,8 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
             values = {k: v for k, v in report[part].items() if isinstance(v, float)}
             print(f"{part}:\n" + "\n".join(f"  {k:28} {v:9.4f}" for k, v in values.items()))
     picture = out.parent / ("report.png" if args.what == "all" else f"report_{args.what}.png")
-    runs = {"lam": args.lam, "student": args.student, "sim": args.policy}
-    draw(picture, pictures, {k: v for k, v in runs.items() if args.what in ("all", k)}, film, report)
+    runs = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
+    draw(picture, pictures, dict(run for k, run in runs.items() if args.what in ("all", k)), film, report)
     print(f"wrote {path} and {picture}")
     return report
 
@@ -369,4 +378,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    common.run_main(main, resumes=False)

@@ -268,10 +268,10 @@ def load_policy(path: str | Path) -> Policy:
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "finetune")
     meta = common.load_meta(found)
-    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
-    return Policy(model, args, common.setup(args.seed), str(path))
+    return Policy(model, args, common.here(), str(path))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -387,14 +387,17 @@ def train(args: Args, process: Process) -> None:
     held_out = make_windows(args, size, "val") if args.val_every else windows
     model.action_norm.load_state_dict(windows.action_norms[0].state_dict())
     model.state_norm.load_state_dict(windows.state_norms[0].state_dict())
-    reader = windows.readers[0]
+    reader, rate = windows.readers[0], windows.readers[0].fps / windows.strides[0]
+    if abs(rate / args.hz - 1) > 0.05:
+        raise InputError(f"{args.data} has {reader.fps:g} Hz: in strides of {windows.strides[0]} that is {rate:g} "
+                         f"actions a second, and not --hz {args.hz:g}; add --hz {rate:g}")
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
     start = 0
     if kept:
         start = common.load_meta(kept)["step"]
-        distill.check_resume(kept, windows)
+        common.check_resume(kept, windows)
         common.load_weights(model, kept)
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
@@ -463,6 +466,8 @@ def train(args: Args, process: Process) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    common.check_training(args)
+    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
     process = common.setup(args.seed)
     train(args, process)
     common.teardown(process)

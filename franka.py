@@ -23,7 +23,7 @@ Where we depart from the paper, or fill in what it does not say:
 2. Ten control ticks a second. The arm servo gets a velocity feed-forward, so that the tool arrives at its target by
    the end of the tick: action[t] is then also the change of pose from t to t+1.
 3. Placements depend on SeedSequence([seed, task, trial]) alone, so every policy meets the same ones. Evaluation has
-   seed 0, demonstrations seed 1 or above, never shared.
+   even seeds (0), demonstrations odd ones (1), never shared.
 4. Demonstrations contain disturbances: for some ticks the executed target is pushed off, while the recorded action
    stays the expert's. The policy sees how to come back.
 """
@@ -31,7 +31,6 @@ Where we depart from the paper, or fill in what it does not say:
 import atexit
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
@@ -87,7 +86,8 @@ class Args:
     first_trial: int = 0
     """Number of the first trial; the trial's number and the seed fix the placement (our choice)."""
     seed: int | None = None
-    """Seed of the placements. None: 0 for trials, 1 for demonstrations; --record refuses 0 (our choice)."""
+    """Seed of the placements. None: 0 for trials, 1 for demonstrations. Even seeds are for evaluation, odd ones for
+    demonstrations: --record refuses even ones, and trials on odd ones say that they are none (our choice)."""
     seconds: float = 0.0
     """Time limit of a trial, in simulated seconds. 0: the task's own, over twice what the expert takes (our choice)."""
     image_size: int = 128
@@ -121,7 +121,7 @@ class Cameras:
     Raises InputError when there is no GL library."""
 
     def __init__(self, model, names: tuple[str, ...], size: int, shadows: bool = False):
-        import mujoco
+        mujoco = _mujoco()
 
         self.mj, self.model, self.size = mujoco, model, size
         self.ids = {name: model.camera(name).id for name in names}
@@ -161,6 +161,17 @@ def _free_gl(gl, context) -> None:
     context.make_current()
     gl.free()
     context.free()
+
+
+def _mujoco():
+    """MuJoCo, imported with MUJOCO_GL set aside: its import fails where that names a library that is absent."""
+    wanted = os.environ.pop("MUJOCO_GL", None)
+    try:
+        import mujoco
+    finally:
+        if wanted is not None:
+            os.environ["MUJOCO_GL"] = wanted
+    return mujoco
 
 
 def _gl_context(width: int, height: int):
@@ -221,7 +232,7 @@ class SimFranka:
     image_size 0 renders nothing (Observation.images is empty), which is how experts are checked quickly."""
 
     def __init__(self, task: str, image_size: int = 64, look: str = "capsule", variation: bool = False):
-        import mujoco
+        mujoco = _mujoco()
 
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
@@ -445,7 +456,7 @@ CAPSULES = {
 def _arm(look: str):
     """MjSpec of the FR3 with its hand (from the franky-sim wheel), servos and contacts as they need to be, a `tool`
     site, the wrist camera, the table and the light. Raises InputError when franky-sim is not installed."""
-    import mujoco
+    mujoco = _mujoco()
 
     found = importlib.util.find_spec("franky_sim")
     if found is None:
@@ -510,7 +521,7 @@ def _grip(geom) -> None:
 
 def _geom(body, kind: str, size, pos=(0, 0, 0), rgba=(0.5, 0.5, 0.5, 1), mass=0.0, yaw=0.0, visual=False, name=""):
     """Adds one primitive; visual ones touch nothing."""
-    import mujoco
+    mujoco = _mujoco()
 
     geom = body.add_geom(
         type=getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}"), size=[*size, 0, 0][:3], pos=pos, rgba=rgba, mass=mass,
@@ -1035,6 +1046,8 @@ def run_trials(
 
     film: called with every frame of the video, e.g. `frames.append`. report: called with each entry as it is done.
     An expert without film runs without rendering. Raises InputError for an unknown task or negative numbers."""
+    if seed % 2:
+        print(f"note: seed {seed} is odd, so these placements may be those of demonstrations: this is no evaluation")
     blind = isinstance(policy, ExpertPolicy) and film is None
     robot = SimFranka(task, 0 if blind else image_size, look, variation)
     entries: list[dict] = []
@@ -1057,7 +1070,7 @@ def evaluate(args: Args) -> None:
     if path.exists():
         if not args.resume:
             raise InputError(f"{path} exists: add --resume to run the missing trials, or choose another --out")
-        entries = json.loads(path.read_text())
+        entries = common.read_json(path)
         others = {(e["policy"], e["seed"]) for e in entries} - {(policy.name, seed)}
         if others:
             raise InputError(f"{path} holds (policy, seed) {others}, not {(policy.name, seed)}: choose another --out")
@@ -1069,7 +1082,8 @@ def evaluate(args: Args) -> None:
         entries.append(entry)
         common.write_json(path, sorted(entries, key=lambda e: e["trial"]))
 
-    film = Film(folder / (f"video_from_{missing[0]}.mp4" if entries and missing else "video.mp4"))
+    more = missing and (folder / "video.mp4").exists()
+    film = Film(folder / (f"video_from_{missing[0]}.mp4" if more else "video.mp4"))
     run_trials(
         policy, args.task, missing, seed, image_size=args.image_size, look=args.look, variation=args.variation,
         seconds=args.seconds, film=film.add, report=report,
@@ -1151,8 +1165,8 @@ def record(args: Args) -> dict[str, float]:
 
     Returns episodes, frames, seconds, and the rate (episodes/s) from the first finished episode on."""
     seed = 1 if args.seed is None else args.seed
-    if seed < 1:
-        raise InputError(f"--seed {seed} with --record: 0 belongs to the evaluation, give 1 or more")
+    if seed % 2 == 0:
+        raise InputError(f"--seed {seed} with --record: even seeds belong to the evaluation, give an odd one")
     SimFranka("pick_cup", args.image_size).close()  # a missing GL library is said here, not by a worker
     tasks = list(TASKS) if args.task == "all" else [args.task]
     cameras = {name: (args.image_size, args.image_size) for name in ("primary", "wrist")}
@@ -1216,11 +1230,7 @@ def record(args: Args) -> dict[str, float]:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    least = {"trials": 1, "first_trial": 0, "seed": 0, "seconds": 0, "image_size": 16, "record": 0, "workers": 1}
-    for name, low in least.items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {low}")
+    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, image_size=16, record=0, workers=1)
     if args.task not in TASKS and not (args.task == "all" and args.record):
         raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")
     if not args.record:

@@ -12,7 +12,7 @@ decoder has to rebuild from them both the last frame, V_{t+k}, and the actions i
     T-1 action queries                  --> motion stream (transformer, cross-attention to Z_mot)  --> A (B,T-1,44)
 
     python lam.py --tiny                                     a CPU, about a minute, on the data that ships
-    python lam.py --small --data runs/data/play              a laptop in about an hour, a GPU in minutes
+    python franka.py --small --record 100 --task all --out runs/data/five_tasks && python lam.py --small    laptop, GPU
     torchrun --nproc-per-node 16 lam.py --data A B C         the paper's run (two nodes: --nnodes 2 --nproc-per-node 8)
 
 Reads LeRobot data sets (--data). Writes runs/<preset>/lam/: args.json, metrics.jsonl, checkpoints/step_*/ with the
@@ -449,7 +449,7 @@ def load_lam(path: str | Path) -> tuple[LAM, Args, dict[str, Any]]:
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "lam")
     meta = common.load_meta(found)
-    args = Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in meta["args"].items()})
+    args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
     return model, args, meta
@@ -535,8 +535,8 @@ def decode_actions(model: LAM, current: Tensor, z: tuple[Tensor, Tensor], index:
 def mean_action(windows: Windows, samples: int = 256) -> Tensor:
     """The mean normalised action (44,) of the training stream: what a model that sees nothing would predict."""
     total, count = torch.zeros(len(common.ACTION_NAMES)), torch.zeros(len(common.ACTION_NAMES))
-    for i in range(samples):  # one by one: a window's frames are large
-        sample = windows[i]
+    for i in range(samples):
+        sample = windows.draw(i, pictures=False)
         total += (sample["action"] * sample["action_mask"]).sum(0)
         count += sample["action_mask"].sum(0)
     return total / count.clamp(min=1)
@@ -609,11 +609,13 @@ def shard(model: LAM, process: Process) -> None:
 
 def train(args: Args, process: Process) -> None:
     run, kept = common.open_run(args.out, args, process, args.resume)
-    windows, held_out = make_windows(args, "train"), make_windows(args, "val")
+    windows = make_windows(args, "train")
+    held_out = make_windows(args, "val") if args.val_every else windows
     model = build(args, kept).to(process.device).train()
     start = 0
     if kept:
         start = common.load_meta(kept)["step"]
+        common.check_resume(kept, windows)
         common.load_weights(model, kept)
     codec = load_codec(args.decoder, model.decoder.config.in_channels, process)
     tokenizer = model.encoder.tokenizer
@@ -687,6 +689,9 @@ def count(module: nn.Module, trained: bool = False) -> float:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    common.check_training(args)
+    common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
+    common.at_least(args, lambda_a=0, hz=1e-3)
     process = common.setup(args.seed)
     train(args, process)
     common.teardown(process)

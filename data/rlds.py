@@ -1,7 +1,7 @@
 """RLDS to LeRobot: reads TFDS tfrecords, Open X-Embodiment's format, without TensorFlow.
 
-    python -m data.rlds ../shared/recordings/bridge_rlds/1.0.0 --out data/bridge
-    python lam.py --tiny --data data/bridge --out runs/tiny/lam_bridge
+    python -m data.rlds datasets/bridge_dataset/1.0.0 --out runs/data/bridge
+    python lam.py --tiny --data runs/data/bridge --out runs/bridge/lam
 
     SOURCE_DIR/dataset_info.json        splits, shards and how many episodes each holds
     SOURCE_DIR/features.json            the tree of features: shapes, types, encodings
@@ -75,7 +75,7 @@ SOURCES = {
 class Args:
     source: Annotated[str, tyro.conf.Positional]
     """folder of the RLDS data set: the one that holds features.json and the tfrecords"""
-    out: str = "data/rlds"
+    out: str = "runs/data/rlds"
     """folder of the LeRobot data set to write"""
     limit: int = 0
     """convert this many episodes; 0: all (our choice)"""
@@ -258,7 +258,7 @@ def _json(path: Path) -> dict:
     except (OSError, json.JSONDecodeError) as error:
         raise InputError(
             f"cannot read {path}: {error}; give the folder with features.json and the tfrecords, as in "
-            "`python -m data.rlds bridge_dataset/1.0.0 --out data/bridge`"
+            "`python -m data.rlds datasets/bridge_dataset/1.0.0 --out runs/data/bridge`"
         ) from None
 
 
@@ -335,7 +335,7 @@ def convert(example: dict, source: Source, shapes: dict[str, tuple[int, ...]], w
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, prog="python -m data.rlds", description=__doc__)
     root, name = Path(args.source), _json(Path(args.source) / "dataset_info.json").get("name")
     if name not in SOURCES:
         raise InputError(f"{root} is the data set {name!r}; known are {sorted(SOURCES)}: add a row to data/rlds.py")
@@ -368,7 +368,7 @@ def main() -> None:
     print(
         f"{args.out}: {writer.num_episodes} episodes ({writer.num_episodes - done} new), "
         f"{writer.episodes[-1]['dataset_to_index']} steps at {source.hz:g} Hz, cameras {cameras}; left out {silent} "
-        f"episodes without an instruction\nnext: python lam.py --tiny --data {args.out} --out runs/tiny/lam_{name}"
+        f"episodes without an instruction\nnext: python lam.py --tiny --data {args.out} --out runs/{name}/lam"
     )
 
 

@@ -1,7 +1,7 @@
 """Statistics for the normaliser: the quantiles of a data set's actions and states (Sec. 6.3).
 
-    python -m data.stats data/bridge                         a data set with our names: into its meta/stats.json
-    python -m data.stats data/bridge --stride 3              also actions over three steps (30 fps -> 10 Hz)
+    python -m data.stats runs/data/bridge                    a data set with our names: into its meta/stats.json
+    python -m data.stats runs/data/bridge --stride 3         also actions over three steps (30 fps -> 10 Hz)
     python -m data.stats PATH@sim_pick_place --stride 3      a mapped data set: into the mapping's JSON file
 
 Reads the tables of all episodes, no video. Writes `action` and `observation.state`, and with a stride above 1
@@ -62,7 +62,7 @@ def statistics(reader: LeRobotReader, stride: int = 1) -> dict[str, dict]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, prog="python -m data.stats", description=__doc__)
     if args.stride < 1:
         raise InputError(f"--stride {args.stride}: give 1 or more")
     reader = LeRobotReader(args.source)
@@ -79,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, resumes=False)

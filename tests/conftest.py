@@ -82,3 +82,16 @@ def episodes() -> list[dict]:
 def dataset(tmp_path_factory, episodes) -> Path:
     """Ten episodes of 18 to 27 steps at 10 Hz, two cameras of 32 px, in three files. Do not change it: copy it."""
     return write_set(tmp_path_factory.mktemp("data") / "set", episodes)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A data set, and one finished run of each stage, each started from the one before: 8 steps, saved at 4 and 8."""
+    from helpers_lam import STAGES, forked, make_data, run, stage_command
+
+    root = tmp_path_factory.mktemp("world")
+    make_data(root / "data")
+    run(*stage_command("lam", root, root / "lam"))
+    for stage in STAGES[1:]:  # forked, to save the seconds of importing torch
+        forked(*stage_command(stage, root, root / stage))
+    return root

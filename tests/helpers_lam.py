@@ -19,6 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("push the red square", "move the red square onto the blue square, slowly and without touching anything")
 
 
+STAGES = ("lam", "distill", "finetune")
+PREVIOUS = {"lam": None, "distill": ("--lam", "lam"), "finetune": ("--init", "distill")}
+# Small enough for a step to take a tenth of a second on one core.
+COMMON = ("--tiny", "--val-every", 4, "--val-samples", 4, "--log-every", 1, "--warmup", 2)
+
+
 def make_data(root: Path, episodes: int = 8, length: int = 14, size: int = 64) -> Path:
     """A red square that moves to a blue one and lets go, seen by two cameras; the actions are its motion."""
     rng = np.random.default_rng(0)
@@ -115,3 +121,14 @@ def metrics(run_folder: Path) -> list[dict]:
     """The log of a run without what may differ between two equal runs: times."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "wait")} for line in lines]
+
+
+def stage_command(stage: str, world: Path, out: Path, *more: object) -> list[object]:
+    words: list[object] = [f"{stage}.py", *COMMON, "--data", world / "data", "--out", out]
+    if PREVIOUS[stage]:
+        words += [PREVIOUS[stage][0], world / PREVIOUS[stage][1]]
+    if stage == "lam":
+        words += ["--frames", 3]
+    if "--batch" not in more:
+        words += ["--batch", 4]
+    return [*words, "--steps", 8, "--save-every", 4, *more]

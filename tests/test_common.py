@@ -366,10 +366,38 @@ def test_wrong_checkpoints_are_refused(tmp_path, process, tokenizer):
         common.load_weights(deeper, found)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path, process, tokenizer, name):
+    model, optimizer = make_model()
+    train(model, optimizer, 0, 1)
+    save(tmp_path, 1, model, optimizer, process, tokenizer)
+    found = common.checkpoints(tmp_path)[0]
+    (found / name).write_bytes((found / name).read_bytes()[:20])
+    with pytest.raises(InputError, match="damaged.*delete"):
+        common.find_checkpoint(tmp_path, "lam")
+        common.load_weights(model, found)
+        common.load_optimizer(model, optimizer, found)
+
+
+def test_arguments_of_another_commit_are_refused():
+    with pytest.raises(InputError, match="abc.*train again"):
+        common.load_args(Args, {"args": {"lr": 1.0, "gone": 2}, "commit": "abc", "stage": "lam"})
+
+
+def test_each_task_recorded_in_turn_is_held_out():
+    held_out = common._held_out(75, 15)
+    assert sorted(i % 5 for i in held_out) == [0, 1, 2, 3, 4]
+    assert common._held_out(14, 15) == [] and common._held_out(30, 0) == []
+
+
 def test_open_run_refuses_and_resumes(tmp_path, process, tokenizer):
     out = str(tmp_path / "run")
     run, kept = common.open_run(out, Args(out=out), process, resume=False)
     assert kept is None and (run / "args.json").exists()
+    assert common.open_run(out, Args(out=out, lr=0.5), process, resume=False)[1] is None  # nothing was lost: taken over
+    assert '"lr": 0.5' in (run / "args.json").read_text()
+    common.open_run(out, Args(out=out), process, resume=False)
+    (run / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     with pytest.raises(InputError, match="no checkpoint yet.*--resume"):
         common.open_run(out, Args(out=out), process, resume=False)
     model, optimizer = make_model()
@@ -387,7 +415,7 @@ def test_open_run_refuses_and_resumes(tmp_path, process, tokenizer):
 def test_metrics_log_drops_what_is_past_the_checkpoint(tmp_path, process, capsys):
     log = common.MetricsLog(tmp_path, 0, 10, process, "lam")
     for step in range(1, 6):
-        log.write(step, {"loss": 1 / step}, show=False)
+        log.write(step, {"loss": 1 / step})
     log.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a line that a kill cut short

@@ -839,3 +839,20 @@ def test_videos_decode_everywhere(dataset):
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         keys = [k for k, f in enumerate(container.decode(stream)) if f.key_frame]
     assert max(np.diff(keys)) <= 8
+
+
+@pytest.mark.parametrize("name", ["tasks.parquet", "subtasks.parquet", "episodes/chunk-000/file-000.parquet"])
+def test_metadata_cut_short_is_named(tmp_path, name):
+    root = tmp_path / "data"
+    shutil.copytree(Path(common.__file__).parent / "data/tiny", root)
+    path = root / "meta" / name
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="cannot read.*copy the file again"):
+        common.LeRobotReader(root)
+
+
+def test_a_recording_never_goes_into_a_folder_of_something_else(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="checkpoints.*another --out"):
+        common.LeRobotWriter(tmp_path / "run", cameras={"primary": (32, 32)}, resume=True)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]

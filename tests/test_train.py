@@ -2,6 +2,7 @@
 saved, wrong commands are refused, and importing them does nothing."""
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -12,36 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_lam import ROOT, environment, forked, forked_ranks, make_data, metrics, run, start
+from helpers_lam import ROOT, STAGES, environment, forked, forked_ranks, metrics, run, stage_command, start
 
 import common
-
-STAGES = ("lam", "distill", "finetune")
-PREVIOUS = {"lam": None, "distill": ("--lam", "lam"), "finetune": ("--init", "distill")}
-# Small enough for a step to take a tenth of a second on one core.
-COMMON = ("--tiny", "--val-every", 4, "--val-samples", 4, "--log-every", 1, "--warmup", 2)
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A data set, and one finished run of each stage, each started from the one before: 8 steps, saved at 4 and 8."""
-    root = tmp_path_factory.mktemp("world")
-    make_data(root / "data")
-    run(*stage_command("lam", root, root / "lam"))
-    for stage in STAGES[1:]:  # forked, to save the seconds of importing torch
-        forked(*stage_command(stage, root, root / stage))
-    return root
-
-
-def stage_command(stage: str, world: Path, out: Path, *more: object) -> list[object]:
-    words: list[object] = [f"{stage}.py", *COMMON, "--data", world / "data", "--out", out]
-    if PREVIOUS[stage]:
-        words += [PREVIOUS[stage][0], world / PREVIOUS[stage][1]]
-    if stage == "lam":
-        words += ["--frames", 3]
-    if "--batch" not in more:
-        words += ["--batch", 4]
-    return [*words, "--steps", 8, "--save-every", 4, *more]
 
 
 def weights(run_folder: Path, step: int = 8) -> bytes:
@@ -239,6 +213,30 @@ def test_a_checkpoint_of_another_stage_is_refused(stage, flag, other, world, tmp
     refused(stage_command(stage, world, tmp_path / stage, flag, world / other), other)
 
 
+def test_a_teacher_that_moved_on_is_refused(world, tmp_path):
+    """Resuming with another teacher than the one it learned from would not be the same run."""
+    shutil.copytree(world / "lam", tmp_path / "lam")
+    rewind(world / "distill", tmp_path / "distill", lam=str(tmp_path / "lam"))
+    words = [str(w) for w in stage_command("distill", world, tmp_path / "distill", "--resume")]
+    words[words.index("--lam") + 1] = str(tmp_path / "lam")
+    path = common.checkpoints(tmp_path / "lam")[-1] / "meta.json"
+    common.write_json(path, json.loads(path.read_text()) | {"time": 0.0})
+    refused(words, "learned from another checkpoint", "--out")
+
+
+@pytest.mark.parametrize("words", [("--steps", 0), ("--batch", 0), ("--accumulate", 0), ("--workers", -1),
+                                   ("--log-every", 0), ("--lr", "nan"), ("--betas", 2, 3), ("--clip", 0), ("--hz", -5)])
+def test_impossible_numbers_are_refused(words, world, tmp_path):  # fmt: skip
+    out = tmp_path / "run"
+    refused(["lam.py", "--tiny", "--out", out, "--data", world / "data", *words], words[0])
+    assert not out.exists()
+
+
+def test_an_output_folder_that_cannot_be_is_named(world, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(["lam.py", "--tiny", "--data", world / "data", "--out", tmp_path / "file/run"], "file", "--out")
+
+
 def test_a_missing_teacher_names_the_command(world, tmp_path):
     refused(stage_command("distill", world, tmp_path / "out", "--lam", tmp_path / "tiny/lam"), "python lam.py --tiny")
 
@@ -249,7 +247,7 @@ def test_a_missing_teacher_names_the_command(world, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_fields_and_presets(stage):
     _, text = forked(f"{stage}.py", "--help")
-    for word in ("--tiny", "--small", "--resume", "--lr", "(our choice)", "(Sec. 6.3)", "steps=200"):
+    for word in ("--tiny", "--small", "--resume", "--lr", "(our choice)", "(Sec. 6.3)", f"steps={importlib.import_module(stage).TINY.steps}"):
         assert word in text, word
     assert "Traceback" not in text
 
