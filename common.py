@@ -821,7 +821,7 @@ class LeRobotReader:
     def video_path(self, i: int, camera: str) -> tuple[Path, float]:
         """The file that holds episode i as seen by a camera, and the time in it at which the episode starts."""
         if camera not in self.mapping["images"]:
-            raise InputError(f"{self.source} has no camera {camera!r}, it has {list(self.cameras)}: choose with --camera or --cameras")
+            raise InputError(f"{self.source} has no camera {camera!r}, it has {list(self.cameras)}: choose one of them")
         key, row = self.mapping["images"][camera], self.episodes[i]
         place = self._place(row, f"videos/{key}")
         start = row[f"videos/{key}/from_timestamp"] if self.v3 else 0.0

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import common
 
@@ -84,6 +86,8 @@ def start(*args: object, before: Callable[[], None] | None = None, env: dict[str
         os.chdir(ROOT)
         os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
         torch.set_num_threads(1)
+        # tqdm's own lock is shared with all forks: one that was killed while it held it would stop all later ones.
+        tqdm.set_lock(threading.RLock())
         sys.argv = [str(a) for a in args]
         if before:
             before()

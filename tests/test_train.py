@@ -247,7 +247,8 @@ def test_a_missing_teacher_names_the_command(world, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_help_shows_fields_and_presets(stage):
     _, text = forked(f"{stage}.py", "--help")
-    for word in ("--tiny", "--small", "--resume", "--lr", "(our choice)", "(Sec. 6.3)", f"steps={importlib.import_module(stage).TINY.steps}"):
+    steps = importlib.import_module(stage).TINY.steps
+    for word in ("--tiny", "--small", "--resume", "--lr", "(our choice)", "(Sec. 6.3)", f"steps={steps}"):
         assert word in text, word
     assert "Traceback" not in text
 
