@@ -127,7 +127,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
-    batch=32, steps=3000, lr=5e-4, min_lr=1e-5, warmup=100, val_every=0, save_every=500, log_every=20, workers=0,
+    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, val_every=0, save_every=500, log_every=20, workers=0,
     preload=True,
 )  # fmt: skip
 

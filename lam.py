@@ -161,7 +161,7 @@ TINY = Args(
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
     freeze_vision=False, frames=8, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256, motion_width=256,
-    motion_heads=8, batch=16, accumulate=1, steps=3000, lr=5e-4, min_lr=1e-5, warmup=100, checkpointing=False,
+    motion_heads=8, batch=8, accumulate=1, steps=1800, lr=5e-4, min_lr=1e-5, warmup=100, checkpointing=False,
     val_every=10, val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
