@@ -14,7 +14,7 @@ renews its part of report.json, keeps the others, and draws report_<which>.png.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The paper judges by success rates alone. Users of latent action models ask above all whether theirs is any good, so
-    there is a report without a robot: the questions and the controls are those of the field (DESIGN.md, section 3).
+    there is a report without a robot: the questions and the controls are those of the field.
  2. Copying the current frame, predicting the mean action, a raw pixel encoding and shuffled latents are the baselines:
     a number that does not beat them means nothing.
  3. Probes are ridge regressions on half of the held-out windows, scored on the other half. Windows of one episode may

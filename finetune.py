@@ -53,7 +53,7 @@ from lam import action_terms, count, mean_action, valid_counts
 
 # The expert beside each student: as deep as it, with its number of key-value heads and head width, but narrower.
 EXPERT_SIZES: dict[str, dict[str, int]] = {
-    "300m": dict(hidden_size=1024, intermediate_size=4096),  # pi0.5's (facts: 18 layers, 8 heads of 256, 1 KV head)
+    "300m": dict(hidden_size=1024, intermediate_size=4096),  # pi0.5's: 18 layers, 8 heads of 256, 1 KV head
     "small": dict(hidden_size=192, intermediate_size=512),
     "tiny": dict(hidden_size=96, intermediate_size=192),
 }
