@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +87,7 @@ def start(*args: object, before: Callable[[], None] | None = None, env: dict[str
         os.chdir(ROOT)
         os.environ |= {"TOKENIZERS_PARALLELISM": "false"} | (env or {})
         torch.set_num_threads(1)
+        signal.alarm(300)  # whatever hangs is ended, and fails its test
         # tqdm's own lock is shared with all forks: one that was killed while it held it would stop all later ones.
         tqdm.set_lock(threading.RLock())
         sys.argv = [str(a) for a in args]

@@ -85,7 +85,7 @@ def test_odd_rates_keep_their_frames(tmp_path, fps):
 
 
 def test_layout_is_lerobots(dataset):
-    """The files and columns that LeRobot's own loader and viewers read (facts B2)."""
+    """The files and columns that LeRobot's own loader and viewers read."""
     info = json.loads((dataset / "meta/info.json").read_text())
     assert info["codebase_version"] == "v3.0" and info["splits"] == {"train": "0:10"}
     assert (info["total_episodes"], info["total_tasks"]) == (10, 2)
