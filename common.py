@@ -1231,7 +1231,7 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
     that could be lost, and is taken over."""
     run, kept, now = Path(out), None, json.loads(json.dumps(dataclasses.asdict(args), default=str))
     found = checkpoints(run)
-    if (run / "args.json").exists() and (found or read_metrics(run)):
+    if found or read_metrics(run):
         if not resume:
             at = found[-1].name if found else "no checkpoint yet"
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")

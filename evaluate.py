@@ -4,7 +4,7 @@
     student  V_1, instruction --> Zhat beside the teacher's Z, and the sentences it writes
     sim      policy --> simulated Franka, five tasks --> success rates with Wilson intervals
 
-    python evaluate.py --tiny                        everything, about a minute, on what the tiny stages left
+    python evaluate.py --tiny                        everything, a quarter of a minute, on what the tiny stages left
     python evaluate.py lam --small                   one report
     python evaluate.py sim --policy runs/small/finetune --tasks pick_cup block_slot --trials 20
 
@@ -36,10 +36,9 @@ from tqdm import tqdm
 
 import common
 import distill
+import franka
 import lam
 from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process
-
-SIM_TASKS = ("pick_cup", "block_slot", "close_oven", "dip_brush", "pot_oven")  # Sec. 4.4, tasks 1 to 5
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Args:
     """How many of them get their future frame sampled. (our choice)"""
     sampling_steps: int = 20
     """Euler steps from noise to a frame. (our choice)"""
-    tasks: tuple[str, ...] = SIM_TASKS
+    tasks: tuple[str, ...] = tuple(franka.TASKS)
     """Simulated tasks. (Sec. 4.4)"""
     trials: int = 10
     """Trials of each task. (Sec. 4.4)"""
@@ -242,8 +241,6 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
 
 def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]]:
     """Success rates by task; the entries, one a trial; and the first ten seconds of film, frame by frame."""
-    import franka
-
     unknown = [t for t in args.tasks if t not in franka.TASKS]
     if unknown:
         raise InputError(f"unknown tasks {unknown}: choose from {list(franka.TASKS)}")
@@ -345,7 +342,7 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
     """Runs the reports asked for, merges them into report.json and draws report.png."""
     common.at_least(args, samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16, seed=0)
     if not args.tasks:
-        raise InputError(f"--tasks is empty: choose from {list(SIM_TASKS)}")
+        raise InputError(f"--tasks is empty: choose from {list(franka.TASKS)}")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.json"

@@ -366,6 +366,16 @@ def test_wrong_checkpoints_are_refused(tmp_path, process, tokenizer):
         common.load_weights(deeper, found)
 
 
+def test_a_run_without_its_arguments_is_not_taken_over(tmp_path, process, tokenizer):
+    model, optimizer = make_model()
+    train(model, optimizer, 0, 1)
+    save(tmp_path, 1, model, optimizer, process, tokenizer)
+    with pytest.raises(InputError, match="already holds a run"):
+        common.open_run(str(tmp_path), Args(), process, resume=False)
+    with pytest.raises(InputError, match="args.json is damaged"):
+        common.open_run(str(tmp_path), Args(), process, resume=True)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, process, tokenizer, name):
     model, optimizer = make_model()
