@@ -157,11 +157,15 @@ def here() -> Process:
     return Process(0, 1, device, torch.bfloat16 if cuda else torch.float32)
 
 
-def setup(seed: int) -> Process:
+def setup(seed: int, cpu_bf16: bool = False) -> Process:
     """Joins torchrun's process group if there is one, picks the device and seeds the weights' initialisation.
 
-    Every rank gets the same seed, so that all build the same initial model."""
+    Every rank gets the same seed, so that all build the same initial model. Matrix products are in bfloat16 on a GPU,
+    and with `cpu_bf16` on CPUs that have instructions for it."""
     process = here()
+    if cpu_bf16 and process.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        process = dataclasses.replace(process, dtype=torch.bfloat16)
+        torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's: its backward pass is slow in bfloat16
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     cuda = process.device.type == "cuda"
     if cuda:
@@ -1107,19 +1111,19 @@ def make_tokenizer():
 
 def _size(vision: tuple[int, ...], text: tuple[int, ...]) -> dict[str, dict[str, int]]:
     width, layers, heads, mlp = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
-    seen = dict(zip((width, layers, heads, mlp, "image_size"), vision, strict=True))
+    seen = dict(zip((width, layers, heads, mlp, "image_size", "patch_size"), vision, strict=True))
     read = dict(zip((width, layers, heads, "num_key_value_heads", mlp), text, strict=True))
-    return {"vision": seen | {"patch_size": 8}, "text": read | {"head_dim": 32}}
+    return {"vision": seen, "text": read | {"head_dim": 32}}
 
 
 # Sizes of models that start from random weights. Widths are chosen so that a step takes a fraction of a second on two
 # cores (tiny) or a second or two (small); layers, heads and tokens keep the full models' proportions (our choice).
 VLM_SIZES: dict[str, dict[str, Any]] = {
-    # vision: width, layers, heads, MLP, image in pixels        text: width, layers, heads, key-value heads, MLP
-    "internvl-tiny": _size(vision=(64, 2, 2, 128, 64), text=(128, 2, 4, 2, 256)),
-    "internvl-small": _size(vision=(192, 4, 4, 512, 96), text=(256, 4, 8, 4, 768)),
-    "paligemma-tiny": _size(vision=(96, 2, 4, 192, 64), text=(128, 3, 4, 1, 256)),
-    "paligemma-small": _size(vision=(192, 4, 4, 512, 96), text=(256, 4, 8, 1, 768)),
+    # vision: width, layers, heads, MLP, image and patch in pixels   text: width, layers, heads, key-value heads, MLP
+    "internvl-tiny": _size(vision=(64, 2, 2, 128, 64, 8), text=(128, 2, 4, 2, 256)),
+    "internvl-small": _size(vision=(128, 3, 4, 384, 96, 12), text=(192, 3, 6, 3, 576)),
+    "paligemma-tiny": _size(vision=(96, 2, 4, 192, 64, 8), text=(128, 3, 4, 1, 256)),
+    "paligemma-small": _size(vision=(192, 4, 4, 512, 96, 8), text=(256, 4, 8, 1, 768)),
 }
 
 # Pixel statistics each family was pretrained with.

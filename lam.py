@@ -24,15 +24,18 @@ Where we depart from the paper, or fill in what it does not say:
  2. [CP_SCE] and [CP_MOT] stand for 64 positions each, with 64 learned embeddings each.
  3. The future frame is learned by rectified flow, as SANA was trained: x_s = (1-s) x + s noise, velocity = noise - x,
     s logit-normal with shift 3, and s = 1 for a quarter of the samples. V_t enters through zero-initialised input
-    channels, beside SANA's own.
+    channels, beside SANA's own. At full size the scene stream's output is that velocity. At --tiny and --small it is
+    a correction of V_t, x = V_t + output, and the velocity follows as (x_s - x) / s: a velocity contains the noise,
+    for which narrow tokens have no room (as JiT found, arXiv 2511.13720), and most of a frame stays as it was.
  4. The exchange is one cross-attention in each direction after every SANA block. The one into the scene stream is
     multiplied by a gate that starts at zero, so that at initialisation the scene stream is SANA to the last bit. The
     motion stream knows the noise level s; actions are read out at s = 1, where the scene stream sees only noise, so
-    what it knows about the future can only come from Z. Without UAD there are no motion tokens, and the gated
-    cross-attention reads Z_mot itself.
+    what it knows about the future can only come from Z.
  5. L = L_frame + lambda_a L_action with lambda_a = 1. L_action: squared error over moving dimensions, and binary
     cross-entropy over grippers, each averaged over all valid entries of the global batch. Samples without actions add
-    L_frame alone.
+    L_frame alone. The ablations of Table 5 change the flow of data and leave the parameters as they are (to 2 %).
+    Without UAD both streams stay, but no action is decoded and no action error comes back: the motion tokens only help
+    to draw the frame. Without DLA one undivided set of Ns + Nm tokens is what both streams read.
  6. 10 Hz, 448 px for encoder and decoder, and the number of steps are ours; the paper gives days of 16 A100s.
  7. At --tiny and --small nothing is pretrained: the vision encoder is trained too (a frozen random one sees nothing),
     and an invertible pixel-unshuffle stands in for the DC-AE autoencoder.
@@ -59,20 +62,21 @@ from common import GRIPPERS, MOTION, InputError, Process, View, Windows
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
 
 SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights (our choice)
-    # Patches of 4 x 4 and 6 x 6 pixels: a velocity contains the noise, so a token must be wider than its patch. SANA
-    # tells places apart by its convolutions alone; with two to four layers, sine and cosine embeddings help it.
+    # Patches of 4 x 4 and 8 x 8 pixels. SANA tells places apart by its convolutions alone; with two to four layers,
+    # sine and cosine embeddings help it.
     "sana-tiny": dict(
         num_layers=2, num_attention_heads=4, attention_head_dim=32, num_cross_attention_heads=4,
         cross_attention_head_dim=32, cross_attention_dim=128, in_channels=48, out_channels=48, sample_size=16,
         interpolation_scale=1,
     ),
     "sana-small": dict(
-        num_layers=4, num_attention_heads=8, attention_head_dim=32, num_cross_attention_heads=4,
-        cross_attention_head_dim=64, cross_attention_dim=256, in_channels=108, out_channels=108, sample_size=16,
+        num_layers=3, num_attention_heads=6, attention_head_dim=32, num_cross_attention_heads=6,
+        cross_attention_head_dim=32, cross_attention_dim=192, in_channels=192, out_channels=192, sample_size=12,
         interpolation_scale=1,
     ),
 }  # fmt: skip
 FLOW_SHIFT = 3.0  # SANA's own: more training on high noise
+MIN_NOISE = 0.05  # below it, a velocity derived from a guess at the frame counts no more (JiT, arXiv 2511.13720)
 PURE_NOISE = 0.25  # share of samples at s = 1, where actions are read out (our choice)
 
 
@@ -111,7 +115,7 @@ class Args:
     motion_heads: int = 16
     """Attention heads of the motion stream and of the exchange. (our choice)"""
     uad: bool = True
-    """Unified action decoder: off, no motion stream and no action loss. (Table 5)"""
+    """Unified action decoder: off, actions are neither decoded nor supervised. (Table 5)"""
     dla: bool = True
     """Decoupled latent actions: off, one undivided set of Ns + Nm tokens feeds both streams. (Table 5)"""
     lambda_a: float = 1.0
@@ -134,6 +138,8 @@ class Args:
     """AdamW's weight decay. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
+    cpu_bf16: bool = False
+    """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, a third more arithmetic. (our choice)"""
     val_every: int = 20
@@ -160,9 +166,10 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
-    freeze_vision=False, frames=8, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256, motion_width=256,
-    motion_heads=8, batch=8, accumulate=1, steps=1800, lr=5e-4, min_lr=1e-5, warmup=100, checkpointing=False,
-    val_every=10, val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
+    freeze_vision=False, frames=8, hz=5, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256,
+    motion_width=192, motion_heads=6, batch=8, accumulate=1, steps=6000, lr=1e-3, min_lr=1e-5, warmup=100,
+    cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=250, log_every=25, workers=0,
+    preload=True,
 )  # fmt: skip
 
 
@@ -295,24 +302,25 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.current.bias)
         self.to_caption = nn.Linear(args.latent_dim, sana.config.caption_channels)
         self.checkpointing, self.uad = args.checkpointing, args.uad
+        self.corrects = args.decoder in SANA_SIZES
+        if self.corrects:  # the first guess is V_t itself
+            nn.init.zeros_(sana.proj_out.weight)
+            nn.init.zeros_(sana.proj_out.bias)
         w, heads, layers = args.motion_width, args.motion_heads, range(sana.config.num_layers)
-        # Without a motion stream the scene stream reads Z_mot itself: else nothing would train it.
-        read = w if args.uad else args.latent_dim
-        self.to_scene = nn.ModuleList(MotionToScene(width, read, w, heads) for _ in layers)
-        self.motion = nn.ModuleList(MotionLayer(w, heads, args.latent_dim, width) for _ in layers if args.uad)
+        self.to_scene = nn.ModuleList(MotionToScene(width, w, w, heads) for _ in layers)
+        self.motion = nn.ModuleList(MotionLayer(w, heads, args.latent_dim, width) for _ in layers)
+        self.queries = nn.Parameter(torch.randn(args.frames - 1, w) * 0.02)
+        self.noise_level = nn.Linear(width, w)
         if args.uad:
-            self.queries = nn.Parameter(torch.randn(args.frames - 1, w) * 0.02)
-            self.noise_level = nn.Linear(width, w)
             self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, len(common.ACTION_NAMES)))
 
-    def layer(self, v: int, scene: Tensor, motion: Tensor | None, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple):
-        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W) or None) -> the same."""
+    def layer(self, v: int, scene: Tensor, motion: Tensor, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple):
+        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W)) -> the same."""
         scene = self.sana.transformer_blocks[v](
             scene, encoder_hidden_states=caption, timestep=t, height=hw[0], width=hw[1]
         )
-        if motion is not None:
-            motion = self.motion[v](motion, z_mot, scene)
-        return self.to_scene[v](scene, z_mot if motion is None else motion), motion
+        motion = self.motion[v](motion, z_mot, scene)
+        return self.to_scene[v](scene, motion), motion
 
     def forward(self, noisy: Tensor, current: Tensor, s: Tensor, z_sce: Tensor, z_mot: Tensor):
         """noisy and current (B, C, h, w): latents of V_{t+k} at noise level s (B,) in [0, 1], and of V_t.
@@ -324,9 +332,7 @@ class Decoder(nn.Module):
         scene = self.sana.patch_embed(noisy) + rearrange(self.current(current), "b s h w -> b (h w) s")
         t, embedded = self.sana.time_embed(s * 1000, batch_size=len(noisy), hidden_dtype=scene.dtype)
         caption = self.sana.caption_norm(self.sana.caption_projection(self.to_caption(z_sce)))
-        motion = None
-        if self.uad:
-            motion = repeat(self.queries, "a w -> b a w", b=len(noisy)) + self.noise_level(F.silu(embedded))[:, None]
+        motion = repeat(self.queries, "a w -> b a w", b=len(noisy)) + self.noise_level(F.silu(embedded))[:, None]
         for v in range(self.config.num_layers):
             if self.checkpointing and torch.is_grad_enabled():
                 scene, motion = checkpoint(self.layer, v, scene, motion, caption, z_mot, t, hw, use_reentrant=False)
@@ -334,6 +340,8 @@ class Decoder(nn.Module):
                 scene, motion = self.layer(v, scene, motion, caption, z_mot, t, hw)
         out = self.sana.proj_out(self.sana.norm_out(scene, embedded, self.sana.scale_shift_table))
         out = rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=hw[0], p=p, q=p).contiguous()
+        if self.corrects:  # what separates x_s from the guess at x, per unit of s
+            out = (noisy - current - out.float()) / s.clamp(min=MIN_NOISE)[:, None, None, None]
         return out, self.action_head(motion) if self.uad else None
 
 
@@ -692,7 +700,7 @@ def main() -> None:
     common.check_training(args)
     common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
     common.at_least(args, lambda_a=0, hz=1e-3)
-    process = common.setup(args.seed)
+    process = common.setup(args.seed, args.cpu_bf16)
     train(args, process)
     common.teardown(process)
 

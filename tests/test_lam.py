@@ -58,6 +58,7 @@ def open_gates(model: lam.LAM) -> None:
     for module in model.decoder.to_scene:
         torch.nn.init.normal_(module.gate, std=0.1)
     torch.nn.init.normal_(model.decoder.current.weight, std=0.02)
+    torch.nn.init.normal_(model.decoder.sana.proj_out.weight, std=0.02)
 
 
 # -- the same as the models it is built from ---------------------------------------------------------------------------
@@ -65,8 +66,10 @@ def open_gates(model: lam.LAM) -> None:
 
 @pytest.mark.parametrize("uad", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_scene_stream_starts_as_sana(uad, checkpointing):
-    model = lam.build(replace(ARGS, uad=uad, checkpointing=checkpointing))
+def test_scene_stream_starts_as_sana(uad, checkpointing, tmp_path):
+    sana = SanaTransformer2DModel(**lam.SANA_SIZES["sana-tiny"], caption_channels=128)
+    sana.save_pretrained(tmp_path / "transformer")  # pretrained: at --tiny, the output is read in another way
+    model = lam.build(replace(ARGS, decoder=str(tmp_path), uad=uad, checkpointing=checkpointing))
     x, current = torch.randn(2, *SHAPE), torch.randn(2, *SHAPE)
     s, z_sce, z_mot = torch.tensor([0.3, 0.95]), torch.randn(2, 4, 128), torch.randn(2, 6, 128)
     velocity, actions = model.decoder(x, current, s, z_sce, z_mot)
@@ -81,7 +84,7 @@ def test_scene_stream_starts_as_sana(uad, checkpointing):
 def test_patched_decoder_equals_sana():
     """SANA's latents may be cut into patches: pixels must come out where diffusers puts them."""
     sana = SanaTransformer2DModel(**SMALL_SANA, patch_size=2)
-    decoder = lam.Decoder(sana, ARGS)
+    decoder = lam.Decoder(sana, replace(ARGS, decoder="pretrained"))
     x, s, z = torch.randn(2, 32, 4, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 5, 128)
     expected = sana(x, encoder_hidden_states=decoder.to_caption(z), timestep=s * 1000).sample
     assert torch.equal(decoder(x, x, s, z, z)[0], expected)
@@ -256,7 +259,7 @@ def test_undivided_latents_feed_both_streams(uad):
 
 
 def test_ablations_change_what_they_say():
-    """Without UAD: no motion stream, no actions, and Z_mot still reaches the frame. Without DLA: equal parameters."""
+    """Without UAD: no actions, and Z_mot still reaches the frame. All four have the same parameters to 2 %."""
     sizes = {}
     for uad in (True, False):
         for dla in (True, False):
@@ -264,7 +267,6 @@ def test_ablations_change_what_they_say():
             sizes[uad, dla] = lam.count(model)
             loss, parts = forward(model, batch)
             assert set(parts) == ({"frame", "motion", "gripper"} if uad else {"frame"})
-            assert any("decoder.motion" in n for n, _ in model.named_parameters()) == uad
             open_gates(model)
             x, s = torch.randn(2, *SHAPE), torch.tensor([1.0, 0.5])
             z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
@@ -272,7 +274,7 @@ def test_ablations_change_what_they_say():
             for changed in ((z_sce * 0, z_mot), (z_sce, z_mot * 0)):
                 assert not torch.allclose(model.decode(x, x, s, changed)[0], frame, atol=1e-6)
     assert sizes[True, True] == sizes[True, False] and sizes[False, True] == sizes[False, False]
-    assert sizes[True, True] > sizes[False, True]
+    assert 0.98 < sizes[False, True] / sizes[True, True] < 1
 
 
 # -- sampling, codec, learning -----------------------------------------------------------------------------------------
