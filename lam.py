@@ -77,7 +77,7 @@ SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights (our c
 }  # fmt: skip
 FLOW_SHIFT = 3.0  # SANA's own: more training on high noise
 MIN_NOISE = 0.05  # below it, a velocity derived from a guess at the frame counts no more (JiT, arXiv 2511.13720)
-PURE_NOISE = 0.25  # share of samples at s = 1, where actions are read out (our choice)
+PURE_NOISE = 0.5  # share of samples at s = 1, where actions are read out (our choice)
 
 
 @dataclass
@@ -301,6 +301,8 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.current.weight)  # V_t's input channels: zero, so that nothing changes at the start
         nn.init.zeros_(self.current.bias)
         self.to_caption = nn.Linear(args.latent_dim, sana.config.caption_channels)
+        tokens = (args.scene_tokens, args.motion_tokens) if args.dla else (args.scene_tokens + args.motion_tokens,) * 2
+        self.places = nn.ParameterList(nn.Parameter(torch.randn(n, args.latent_dim)) for n in tokens)
         self.checkpointing, self.uad = args.checkpointing, args.uad
         self.corrects = args.decoder in SANA_SIZES
         if self.corrects:  # the first guess is V_t itself
@@ -309,7 +311,7 @@ class Decoder(nn.Module):
         w, heads, layers = args.motion_width, args.motion_heads, range(sana.config.num_layers)
         self.to_scene = nn.ModuleList(MotionToScene(width, w, w, heads) for _ in layers)
         self.motion = nn.ModuleList(MotionLayer(w, heads, args.latent_dim, width) for _ in layers)
-        self.queries = nn.Parameter(torch.randn(args.frames - 1, w) * 0.02)
+        self.queries = nn.Parameter(torch.randn(args.frames - 1, w))
         self.noise_level = nn.Linear(width, w)
         if args.uad:
             self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, len(common.ACTION_NAMES)))
@@ -329,6 +331,7 @@ class Decoder(nn.Module):
         without the unified action decoder."""
         p = self.config.patch_size
         hw = (noisy.shape[2] // p, noisy.shape[3] // p)
+        z_sce, z_mot = z_sce + self.places[0], z_mot + self.places[1]
         scene = self.sana.patch_embed(noisy) + rearrange(self.current(current), "b s h w -> b (h w) s")
         t, embedded = self.sana.time_embed(s * 1000, batch_size=len(noisy), hidden_dtype=scene.dtype)
         caption = self.sana.caption_norm(self.sana.caption_projection(self.to_caption(z_sce)))
