@@ -590,11 +590,11 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
 
 def file_part(report: dict[str, Any], name: str, part: dict[str, Any]) -> None:
     """Puts a part into the report. One that is there and was made from another checkpoint moves to `earlier`."""
-    same = lambda other: other["checkpoint"] == part["checkpoint"]
+    same = lambda other: other.get("checkpoint") == part["checkpoint"]
     earlier = [old for old in report.get("earlier", []) if old["part"] != name or not same(old)]
     if name in report and not same(report[name]):
         earlier.append({"part": name} | report[name])
-        print(f"{name}: the report on {report[name]['checkpoint']} is kept under `earlier`")
+        print(f"{name}: the report on {report[name].get('checkpoint')} is kept under `earlier`")
     report |= {name: part, "earlier": earlier}
 
 

@@ -99,9 +99,9 @@ def test_probe_that_knows_the_episode_alone_scores_nothing():
     first, last = episode < 40, episode >= 40
     seen = windows(400, features[first], action[first], 40)
     apart = windows(200, features[last], action[last], 20, first=40)
-    assert evaluate.probes(seen, apart, {"x": "x"})["x"]["r2"] > -0.3
-    assert evaluate.probes(seen, apart, {"x": "x"})["x"]["r2"] < 0.1
-    assert evaluate.probes(seen, seen, {"x": "x"})["mean"]["r2"] == pytest.approx(0, abs=1e-5)
+    assert -0.3 < evaluate.probes(seen, apart, {"x": "x"})["x"]["r2"] < 0.1
+    same = windows(200, features[first][:200], action[first][:200], 40)
+    assert evaluate.probes(seen, same, {"x": "x"})["x"]["r2"] > 0.5
 
 
 def test_partners_are_of_another_episode():
@@ -190,7 +190,7 @@ class Oracle(nn.Module):
         return future, self.batch["action"] + 0.05
 
     def decode(self, noisy, current, s, z):
-        future = z[0].transpose(1, 2).view_as(noisy)
+        future = z[0].transpose(1, 2).reshape(noisy.shape) + 0.01  # wrong by a grey level
         actions = z[1].clone()
         actions[..., common.GRIPPERS] = 20 * actions[..., common.GRIPPERS] - 10
         return (noisy - future) / s[:, None, None, None], actions
@@ -208,7 +208,7 @@ def test_the_report_sees_a_perfect_split(world, monkeypatch):
     monkeypatch.setattr(evaluate, "batches", shown)
     monkeypatch.setattr(lam, "load_lam", lambda path: (oracle, trained, meta))
     out, _ = evaluate.report_lam(arguments(world), CPU)
-    assert out["frames"]["sampled"]["psnr"] > 60 > out["frames"]["copied"]["psnr"]
+    assert out["frames"]["sampled"]["psnr"] > 45 and out["frames"]["sampled"]["mse"] < out["frames"]["copied"]["mse"]
     assert out["actions"]["mean"]["r2"] > 0.95 and out["actions"]["right_gripper"]["accuracy"] == 1
     assert out["probes"]["z_mot"]["r2"] > 0.9 and out["probes"]["z_mot"]["r2"] > out["probes"]["z_sce"]["r2"]
     for how in ("zeroed", "shuffled"):
@@ -220,17 +220,18 @@ def test_the_report_sees_a_perfect_split(world, monkeypatch):
     # Its latent actions transfer: the source's actions, not those of the scene's clip.
     assert out["transfer"]["z"]["r2_source"] > 0.9 > 0.3 > out["transfer"]["z"]["r2_scene"]
     # Its Z_sce is the source's picture, though, and that shows as well.
-    assert out["transfer"]["z"]["psnr_source"] > 60 > out["transfer"]["z"]["psnr_scene"]
+    assert out["transfer"]["z"]["psnr_source"] > 45 > 30 > out["transfer"]["z"]["psnr_scene"]
 
 
 def test_a_motion_stream_that_does_not_read_z_mot_shows(world, monkeypatch):
     model, *loaded = lam.load_lam(world / "lam")
-    assert evaluate.report_lam(arguments(world), CPU)[0]["split"]["z_mot_zeroed"]["action_mse_ratio"] != 1
+    args = arguments(world, samples=8, probe_samples=8)
+    assert evaluate.report_lam(args, CPU)[0]["split"]["z_mot_zeroed"]["action_mse_ratio"] != 1
     for layer in model.decoder.motion:
         nn.init.zeros_(layer.latent.out.weight)
         nn.init.zeros_(layer.latent.out.bias)
     monkeypatch.setattr(lam, "load_lam", lambda path: (model, *loaded))
-    blind, _ = evaluate.report_lam(arguments(world), CPU)
+    blind, _ = evaluate.report_lam(args, CPU)
     assert blind["split"]["z_mot_zeroed"]["action_mse_ratio"] == pytest.approx(1, rel=1e-5)
 
 
@@ -241,7 +242,7 @@ def test_ablated_models_report_what_they_have(world, monkeypatch, tmp_path, uad,
     torch.manual_seed(0)
     model = lam.build(trained)
     monkeypatch.setattr(lam, "load_lam", lambda path: (model, trained, meta))
-    out, pictures = evaluate.report_lam(arguments(world, samples=8, frames=2), CPU)
+    out, pictures = evaluate.report_lam(arguments(world, samples=8, probe_samples=8, frames=2), CPU)
     assert all(math.isfinite(v) for v in numbers(out))
     assert ("actions" in out) == ("decoder" in out["probes"]) == ("action_mse" in out["split"]["as_is"]) == uad
     assert ("z" not in out["probes"]) == ("z_mot" in out["transfer"]) == ("z_mot_zeroed" in out["split"]) == dla
