@@ -558,27 +558,30 @@ HEALTH = ("psnr", "psnr_copy", "right", "frame", "motion", "frame_zero_sce", "mo
 
 
 @torch.no_grad()
-def health(model: LAM, codec, batch: dict, current: Tensor, future: Tensor, args: Args) -> Tensor:
-    """Sums over a batch, one for each name in HEALTH, read out at s = 1, where all that is known of V_{t+k} comes from
-    V_t and Z. First dB of the one-step estimate of V_{t+k}, beside V_t left as it is; and gripper commands on the right
-    side. Then squared errors, of that estimate's latents (mean over a sample) and of the actions (summed): with Z as it
-    is, without Z_sce, without Z_mot. Zero where an ablated model has no such thing. Only `model(...)` is called, so a
-    sharded model will do."""
+def health(
+    model: LAM, codec, batch: dict, current: Tensor, future: Tensor, counted: Tensor, args: Args
+) -> Tensor:
+    """Sums over a batch, each sample times its `counted` (B,): one for each name in HEALTH, read out at s = 1, where
+    all that is known of V_{t+k} comes from V_t and Z. First dB of the one-step estimate of V_{t+k}, beside V_t left as
+    it is; and gripper commands on the right side. Then squared errors, of that estimate's latents (mean over a sample)
+    and of the actions (summed): with Z as it is, without Z_sce, without Z_mot. Zero where an ablated model has no such
+    thing. Only `model(...)` is called, so a sharded model will do."""
     noise = common.noise(current.shape[1:], batch["index"], args.seed, current.device, purpose=2)
     s = torch.ones(len(noise), device=noise.device)
+    mask = batch["action_mask"] * counted[:, None, None]
     sums = torch.zeros(len(HEALTH), device=noise.device)
     for i, zero in enumerate(("", "scene", "motion") if args.dla else ("",)):
         velocity, actions = model(batch["video"], batch["instruction"], noise, current, s, zero)
         estimate = noise - velocity.float()
-        sums[3 + 2 * i] = (estimate - future).square().flatten(1).mean(1).sum()
+        sums[3 + 2 * i] = (estimate - future).square().mean((1, 2, 3)).mul(counted).sum()
         if args.uad:
-            sums[4 + 2 * i] = action_terms(actions, batch["action"], batch["action_mask"])[0]
+            sums[4 + 2 * i] = action_terms(actions, batch["action"], mask)[0]
         if not zero:
             first, last = batch["video"][:, 0], batch["video"][:, -1]
-            sums[:2] = torch.stack([psnr(codec.decode(estimate), last).sum(), psnr(first, last).sum()])
+            sums[:2] = torch.stack([psnr(codec.decode(estimate), last), psnr(first, last)]).mul(counted).sum(1)
             if args.uad:
                 right = (actions[..., GRIPPERS] > 0) == (batch["action"][..., GRIPPERS] > 0.5)
-                sums[2] = (right * batch["action_mask"][..., GRIPPERS]).sum()
+                sums[2] = (right * mask[..., GRIPPERS]).sum()
     return sums
 
 
@@ -596,7 +599,7 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
             noisy, s, velocity = flow(future, batch["index"], args.seed)
             predicted, _ = model(batch["video"], batch["instruction"], noisy, current, s)
             total[0] += F.mse_loss(predicted.float(), velocity) * len(rows)
-            total[4:] += health(model, codec, batch, current, future, args)
+            total[4:] += health(model, codec, batch, current, future, torch.ones_like(s), args)
         target, mask = batch["action"], batch["action_mask"]
         total[1] += action_terms(mean.to(target).expand_as(target), target, mask)[0]
         total[2:4] += valid_counts(mask)
