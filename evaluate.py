@@ -563,8 +563,9 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
     parts = iter(fig.subfigures(len(present), 1, height_ratios=present, squeeze=False)[:, 0])
     frames, actions, bars, curves, rollout = (next(parts) if h else None for h in heights)
     if frames:
-        scores = "; ".join(f"V_{{t+k}} {k} {v['psnr']:.1f} dB, SSIM {v['ssim']:.3f}" for k, v in n["frames"].items())
-        draw_frames(frames, pictures, f"{n['checkpoint']['path']}, held-out windows\n{scores}")
+        words = {"copied": "V_t copied", "sampled": "V_{t+k} sampled", "codec": "V_{t+k} through the codec"}
+        scores = [f"{words[k]}: {v['psnr']:.1f} dB, SSIM {v['ssim']:.3f}" for k, v in n["frames"].items()]
+        draw_frames(frames, pictures, f"{n['checkpoint']['path']}, held-out windows\n{'; '.join(scores)}")
         axes = bars.subplots(1, 3, width_ratios=[1, 1.3, 1])
         draw_bars(axes[0], n["probes"], {"r2": "R2"}, "R2 of linear probes to the actions", -0.2)
         worse = {"action_mse_ratio": "actions", "frame_loss_ratio": "frame loss", "frame_mse_ratio": "sampled frame"}
@@ -600,7 +601,8 @@ def file_part(report: dict[str, Any], name: str, part: dict[str, Any]) -> None:
 
 def show(title: str, part: dict[str, Any]) -> None:
     """Prints the numbers of a part and its tables."""
-    print(f"{title}: {part['checkpoint']}")
+    about = part["checkpoint"]
+    print(f"{title}: {about['path'] if isinstance(about, dict) else about}")
     print("\n".join(f"  {k:24} {v:9.4f}" for k, v in part.items() if isinstance(v, float)))
     for name, table in part.items():
         if not (isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values())):
