@@ -1,28 +1,37 @@
 """Stage 4: is it any good? Reports on the latent action model, the student and the policy (LatBot, Sec. 4, Table 4).
 
-    lam      V_t, Z --> sampled V_{t+k} beside the true frame and beside V_t copied;  Z --> actions beside the truth
+    lam      V_t, Z --> V_{t+k} sampled and actions decoded, with Z whole, in part, and of another clip; probes on Z
     student  V_1, instruction --> Zhat beside the teacher's Z, and the sentences it writes
     sim      policy --> simulated Franka, five tasks --> success rates with Wilson intervals
 
-    python evaluate.py --tiny                        everything, a quarter of a minute, on what the tiny stages left
+    python evaluate.py --tiny                        everything, about a minute, on what the tiny stages left
     python evaluate.py lam --small                   one report
     python evaluate.py sim --policy runs/small/finetune --tasks pick_cup block_slot --trials 20
 
 Reads checkpoints of the other stages and held-out windows of the data sets they were trained on. Writes
 runs/<preset>/evaluate/report.json, sim.json (one entry a trial) and runs/<preset>/report.png. One report by itself
-renews its part of report.json, keeps the others, and draws report_<which>.png.
+renews its part of report.json, keeps the others, and draws report_<which>.png. Each part names the checkpoint that it
+is about; a part on another checkpoint is not overwritten but moved to `earlier`.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The paper judges by success rates alone. Users of latent action models ask above all whether theirs is any good, so
     there is a report without a robot: the questions and the controls are those of the field.
- 2. Copying the current frame, predicting the mean action, a raw pixel encoding and shuffled latents are the baselines:
-    a number that does not beat them means nothing.
- 3. Probes are ridge regressions on half of the held-out windows, scored on the other half. Windows of one episode may
-    fall into both, so a probe's R2 is to be compared with its neighbours, not read by itself.
- 4. Trials are paired: trial i has the same placement for every policy. Success rates come with Wilson's 95 % interval.
+ 2. Copying the current frame, predicting the mean action, raw pixels, the raw vision encoder and shuffled latents are
+    the baselines: a number that does not beat them means nothing. (Where nothing was pretrained, the vision encoder was
+    trained with the rest and is not raw.)
+ 3. Probes are ridge regressions on windows of training episodes, their strength chosen on one in four of those
+    episodes, scored on windows of held-out episodes: no episode serves two ends.
+ 4. R2 and the error of actions are means over the dimensions that move in the held-out windows, without grippers. In
+    the log of lam.py, `val_motion` is the mean over all valid entries.
+ 5. Zeroed tokens are something the decoder never saw in training; shuffled ones, of a window of another episode, are
+    ordinary and say the same more fairly. Both are reported.
+ 6. Trials are paired: trial i has the same placement for every policy. Success rates come with Wilson's 95 % interval.
 """
 
+import math
+import textwrap
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -31,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,7 +48,7 @@ import common
 import distill
 import franka
 import lam
-from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process
+from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process, Windows
 
 
 @dataclass
@@ -57,6 +67,8 @@ class Args:
     """Folder of report.json and sim.json; report.png goes beside it."""
     samples: int = 256
     """Held-out windows of the LAM's and the student's report. (our choice)"""
+    probe_samples: int = 1024
+    """Windows of training episodes that the linear probes are fitted to. (our choice)"""
     frames: int = 64
     """How many of them get their future frame sampled. (our choice)"""
     sampling_steps: int = 20
@@ -75,11 +87,11 @@ class Args:
 
 TINY = Args(
     lam="runs/tiny/lam", student="runs/tiny/distill", policy="runs/tiny/finetune", out="runs/tiny/evaluate", samples=64,
-    frames=16, sampling_steps=10, tasks=("pick_cup",), trials=2, seconds=4, image_size=64,
+    probe_samples=256, frames=16, sampling_steps=10, tasks=("pick_cup",), trials=2, seconds=4, image_size=64,
 )  # fmt: skip
 SMALL = Args(
     lam="runs/small/lam", student="runs/small/distill", policy="runs/small/finetune", out="runs/small/evaluate",
-    samples=256, frames=64, tasks=("pick_cup",), trials=20, image_size=96,
+    tasks=("pick_cup",), trials=20, image_size=96,
 )  # fmt: skip
 
 
@@ -87,33 +99,132 @@ SMALL = Args(
 # Measures
 # --------------------------------------------------------------------------------------------------------------------
 
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of uint8 images (B, 3, H, W), image by image."""
-    mse = (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-3)
-    return (10 * torch.log10(255**2 / mse)).mean().item()
+Table = dict[str, dict[str, float]]  # row -> column -> number
+STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # of a ridge regression; 1: as large as a mean feature vector
 
 
-def r2(predicted: Tensor, target: Tensor, mask: Tensor) -> float:
-    """1 - error / variance over the valid entries (B, A, D) of dimensions that move, each dimension weighing alike."""
-    mask = mask.float()
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each of the uint8 images (B, 3, H, W): (B,), 1 for equal ones (Wang et al., 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds to import
+
+    # In double precision: variances are differences of large squares.
+    return structural_similarity_index_measure(a.double(), b.double(), data_range=255.0, reduction="none").view(-1)
+
+
+def frame_scores(a: Tensor, b: Tensor) -> dict[str, float]:
+    """PSNR (dB) and SSIM, means over images, and the squared error of pixels in 0 .. 1. Windows in which nothing moves
+    have a PSNR without a bound when copied, and weigh on its mean; the squared error does not mind them."""
+    mse = (a.float() - b.float()).div(255).square().mean().item()
+    return {"psnr": lam.psnr(a, b).mean().item(), "ssim": ssim(a, b).mean().item(), "mse": mse}
+
+
+def dimension_scores(predicted: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """R2 = 1 - error / variance, and squared error, of each dimension: (D,) each, over valid entries of (B, A, D). NaN
+    for one that does not move."""
+    mask = mask.double()
     n = mask.sum((0, 1)).clamp(min=1)
     mean = (target * mask).sum((0, 1)) / n
     variance = ((target - mean).square() * mask).sum((0, 1)) / n
     error = ((predicted - target).square() * mask).sum((0, 1)) / n
-    moving = variance > 0.01  # normalised units: a tenth of the range
-    return (1 - error[moving] / variance[moving]).mean().item() if moving.any() else float("nan")
+    error = error.where(variance > 0.01, torch.nan)  # normalised units: a tenth of the range
+    return 1 - error / variance, error
 
 
-def probe(features: Tensor, target: Tensor, mask: Tensor) -> float:
-    """R2 of a ridge regression from features (B, F) to actions (B, A, D): fitted on the first half of the windows,
-    scored on the second."""
-    x = torch.cat([F.layer_norm(features, features.shape[1:]), torch.ones(len(features), 1)], 1).double()
-    y = (target * mask).flatten(1).double()
-    half = len(x) // 2
-    gram = x[:half] @ x[:half].T + 10.0 * torch.eye(half, dtype=torch.float64)  # the dual form: few rows, many columns
-    predicted = x[half:] @ (x[:half].T @ torch.linalg.solve(gram, y[:half]))
-    return r2(predicted.float().view_as(target[half:]), target[half:], mask[half:])
+def action_scores(predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, float]:
+    """R2 and squared error over the dimensions that move, each weighing alike. (B, A, 44) each; without grippers."""
+    scores = dimension_scores(predicted[..., MOTION], target[..., MOTION], mask[..., MOTION])
+    return {k: v.nanmean().item() for k, v in zip(("r2", "mse"), scores, strict=True)}
+
+
+def ridge(gram: Tensor, cross: Tensor, y: Tensor, mask: Tensor, strength: float) -> Tensor:
+    """Ridge regression in its dual form, for few rows of many features: fitted to the valid entries of y (n, K), given
+    the rows' inner products gram (n, n); its values (m, K) at rows with the inner products cross (m, n)."""
+    out = torch.zeros(len(cross), y.shape[1], dtype=y.dtype)
+    patterns, which = torch.unique(mask, dim=1, return_inverse=True)  # columns that are valid together
+    for i, valid in enumerate(patterns.unbind(1)):
+        if valid.any():
+            known, mean = y[valid][:, which == i], y[valid][:, which == i].mean(0)
+            factor = torch.linalg.cholesky(gram[valid][:, valid] + strength * torch.eye(len(known), dtype=y.dtype))
+            out[:, which == i] = cross[:, valid] @ torch.cholesky_solve(known - mean, factor) + mean
+    return out
+
+
+def probe(seen: dict[str, Tensor], held_out: dict[str, Tensor], name: str) -> Tensor:
+    """What a linear map from features `name` (B, ...) to `action` (B, A, D) says of the held-out windows. It is fitted
+    on the valid entries (`mask`) of the seen ones; its strength is chosen on one in four of their episodes."""
+    x, at = seen[name].flatten(1).double(), held_out[name].flatten(1).double()
+    mean = x.mean(0)
+    x, at = x - mean, at - mean
+    scale = x.square().sum(1).mean().clamp(min=1e-9)
+    gram, cross = x @ x.T / scale, at @ x.T / scale
+    y, mask = seen["action"].flatten(1).double(), seen["mask"].flatten(1)
+    episodes, number = seen["episode"].unique(return_inverse=True)
+    fit, check = number % 4 != 3, number % 4 == 3
+    best = STRENGTHS[len(STRENGTHS) // 2]
+    if len(episodes) > 3:
+        errors = []
+        for strength in STRENGTHS:
+            values = ridge(gram[fit][:, fit], gram[check][:, fit], y[fit], mask[fit], strength)
+            errors.append(((values - y[check]).square() * mask[check]).sum().item())
+        best = STRENGTHS[int(np.argmin(errors))]
+    return ridge(gram, cross, y, mask, best).float().view_as(held_out["action"])
+
+
+def mean_action(seen: dict[str, Tensor]) -> Tensor:
+    """The mean action (A, D) of the seen windows: what a model that sees nothing would predict."""
+    return (seen["action"] * seen["mask"]).sum(0) / seen["mask"].sum(0).clamp(min=1)
+
+
+def partners(episode: Tensor) -> Tensor:
+    """For each window the number of another, of another episode unless one has more than half of them (B,)."""
+    order = episode.argsort(stable=True)
+    return torch.empty_like(order).scatter(0, order, order.roll(len(order) // 2))
+
+
+def batches(windows: Windows, samples: int, batch: int, process: Process, desc: str) -> Iterator[dict[str, Any]]:
+    """Windows 0 .. samples - 1 of a stream, each with the number of its `episode`."""
+    bar = tqdm(total=samples, desc=desc, unit="window", mininterval=1)
+    for first in range(0, samples, batch):
+        drawn = [windows[i] for i in range(first, min(first + batch, samples))]
+        for s in drawn:
+            at = int(np.searchsorted(windows.ends[s["dataset"]], s["window"], side="right"))
+            s["episode"] = (s["dataset"] << 32) + int(windows.chosen[s["dataset"]][at])
+        yield common.to_device(common.collate(drawn), process.device)
+        bar.update(len(drawn))
+    bar.close()
+
+
+def columns(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Batches (dictionaries of tensors and lists) one below the other."""
+    rows = list(rows)
+    return {k: torch.cat([r[k] for r in rows]) if isinstance(v, Tensor) else sum((r[k] for r in rows), [])
+            for k, v in rows[0].items()}  # fmt: skip
+
+
+def pixels(frames: Tensor) -> Tensor:
+    """Thumbnails of uint8 frames (B, T, 3, H, W) and how the last differs from the first: (B, F)."""
+    small = F.interpolate(frames.flatten(1, 2).float() / 255, (16, 16), mode="area").unflatten(1, (-1, 3))
+    return torch.cat([small, small[:, -1:] - small[:, :1]], 1).flatten(1).cpu()
+
+
+def targets(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What probes need of a batch beside features."""
+    return {"action": batch["action"].cpu(), "mask": batch["action_mask"].cpu(), "episode": batch["episode"].cpu()}
+
+
+def probes(seen: dict[str, Tensor], held_out: dict[str, Tensor], names: dict[str, str]) -> Table:
+    """Scores of the mean action, and of a probe on each of the features (row -> column of the windows). Empty where no
+    dimension moves."""
+    action, mask = held_out["action"], held_out["mask"]
+    table = {"mean": action_scores(mean_action(seen).expand_as(action), action, mask)}
+    if not np.isfinite(table["mean"]["mse"]):
+        return {}
+    return table | {row: action_scores(probe(seen, held_out, name), action, mask) for row, name in names.items()}
+
+
+def origin(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Which checkpoint a part of the report is about."""
+    return {"path": str(checkpoint), "step": meta["step"], "commit": meta["commit"], "time": meta["time"]}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -121,79 +232,130 @@ def probe(features: Tensor, target: Tensor, mask: Tensor) -> float:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def raw_encoder(model: lam.LAM, frames: Tensor) -> Tensor:
+    """uint8 frames (B, T, 3, H, H) as the LAM's vision encoder sees them, before the language model: image tokens,
+    averaged to at most 4 x 4 places, (B, F)."""
+    vlm = model.encoder.vlm
+    images = common.normalize_pixels(frames.flatten(0, 1), "internvl", vlm.get_input_embeddings().weight.dtype)
+    tokens = vlm.get_image_features(pixel_values=images).pooler_output.float()  # (B T, n, width)
+    grid = rearrange(tokens, "b (h w) d -> b d h w", h=math.isqrt(tokens.shape[1]))
+    grid = F.adaptive_avg_pool2d(grid, min(grid.shape[-1], 4))
+    return rearrange(grid, "(b t) d h w -> b (t d h w)", b=len(frames))
+
+
+def tampered(z: tuple[Tensor, Tensor], other: Tensor, dla: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    """(Z_sce, Z_mot) as they are, zeroed, and those of the window `other` (B,); both sets, and each alone."""
+    zero, shuffled = [torch.zeros_like(x) for x in z], [x[other] for x in z]
+    changes = {"as_is": z, "zeroed": tuple(zero), "shuffled": tuple(shuffled)}
+    if dla:  # without it there is one undivided set
+        changes |= {"z_mot_zeroed": (z[0], zero[1]), "z_sce_zeroed": (zero[0], z[1]),
+                    "z_mot_shuffled": (z[0], shuffled[1]), "z_sce_shuffled": (shuffled[0], z[1])}  # fmt: skip
+    return changes
+
+
 @torch.no_grad()
 def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Numbers for report.json and pictures for report.png, from held-out windows of the LAM's data."""
-    model, trained, meta = lam.load_lam(args.lam)
-    trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights)
+    """Tables for report.json and pictures for report.png, from held-out windows of the LAM's data.
+
+    frames     V_t copied, V_{t+k} sampled, V_{t+k} through the image codec and back: each beside the true V_{t+k}
+    actions    decoded beside true, of each dimension and on average
+    probes     linear maps to the actions: the mean, from pixels, from the raw encoder, from each set of tokens
+    split      what becomes of frames and actions when Z is tampered with, and how many times worse that is
+    transfer   Z of one clip, or its Z_mot alone, decoded from V_t of another: is it that clip's action in this scene?
+
+    Parts that an ablated model or data without actions do not have are left out."""
+    found = common.find_checkpoint(args.lam, "lam")
+    model, trained, meta = lam.load_lam(found)
+    trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
+                      preload=False)  # fmt: skip
     model = model.to(process.device).eval()
     codec = lam.load_codec(trained.decoder, model.decoder.config.in_channels, process)
-    windows = lam.make_windows(trained, "val")
-    bar = tqdm(total=args.samples, desc="lam report", unit="window", mininterval=1)
-    columns: dict[str, list[Tensor]] = {}
-    texts: list[str] = []
-    for first in range(0, args.samples, trained.batch):
-        rows = range(first, min(first + trained.batch, args.samples))
-        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
-        z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
-        raw = F.interpolate(batch["video"][:, [0, -1]].flatten(1, 2).float() / 255, (16, 16), mode="area").flatten(1)
-        row = {"now": codec.encode(batch["video"][:, 0]), "future": codec.encode(batch["video"][:, -1]), "raw": raw,
-               "first": batch["video"][:, 0], "last": batch["video"][:, -1], "z_sce": z_sce, "z_mot": z_mot,
-               "index": batch["index"], "action": batch["action"], "mask": batch["action_mask"]}  # fmt: skip
-        for k, v in row.items():
-            columns.setdefault(k, []).append(v)
-        texts += batch["instruction"]
-        bar.update(len(rows))
-    bar.close()
-    c = {k: torch.cat(v) for k, v in columns.items()}
-    z = (c["z_sce"], c["z_mot"])
-    changes = {
-        "as_is": z,
-        "z_mot_zeroed": (z[0], torch.zeros_like(z[1])),
-        "z_sce_zeroed": (torch.zeros_like(z[0]), z[1]),
-        "shuffled": (z[0].roll(1, 0), z[1].roll(1, 0)),
-    }
-    out: dict[str, Any] = {"samples": args.samples, "step": meta["step"], "trained_at": meta["commit"]}
-    # What the frame loss and the action error become when Z is tampered with: is the split into two sets real?
-    actions = {}
-    for name, changed in changes.items():
-        frame, predicted = [], []
-        for i in range(0, args.samples, trained.batch):
-            part = slice(i, i + trained.batch)
-            noisy, s, velocity = lam.flow(c["future"][part], c["index"][part], args.seed)
-            v, _ = model.decode(noisy, c["now"][part], s, (changed[0][part], changed[1][part]))
-            frame.append(F.mse_loss(v.float(), velocity).item())
-            if trained.uad:
-                zi = (changed[0][part], changed[1][part])
-                predicted.append(lam.decode_actions(model, c["now"][part], zi, c["index"][part], args.seed))
-        out[f"frame_loss_{name}"] = float(np.mean(frame))
-        if trained.uad:
-            a, mask = torch.cat(predicted), c["mask"]
-            actions[name] = a
-            motion, _ = lam.action_terms(a, c["action"], mask)
-            out[f"action_mse_{name}"] = (motion / lam.valid_counts(mask)[0].clamp(min=1)).item()
-    if trained.uad:
-        mean = lam.mean_action(lam.make_windows(replace(trained, preload=False), "train")).to(process.device)
-        baseline, _ = lam.action_terms(mean.expand_as(c["action"]), c["action"], c["mask"])
-        out["action_mse_mean"] = (baseline / lam.valid_counts(c["mask"])[0].clamp(min=1)).item()
-        out["action_r2"] = r2(actions["as_is"][..., MOTION], c["action"][..., MOTION], c["mask"][..., MOTION])
-        right = (actions["as_is"][..., GRIPPERS] > 0.5) == (c["action"][..., GRIPPERS] > 0.5)
-        out["gripper_accuracy"] = right[c["mask"][..., GRIPPERS]].float().mean().item()
-    target, mask = c["action"][..., MOTION].cpu(), c["mask"][..., MOTION].cpu()
-    for name in ("z_mot", "z_sce", "raw"):
-        out[f"probe_r2_{name}"] = probe(c[name].float().cpu().flatten(1), target, mask)
-    k = min(args.frames, args.samples)
-    sampled = codec.decode(lam.sample_frame(model, c["now"][:k], (z[0][:k], z[1][:k]), c["index"][:k], args.seed,
-                                            args.sampling_steps))  # fmt: skip
-    # A latent action of one clip, applied to the scene of another.
-    transferred = codec.decode(lam.sample_frame(model, c["now"][:k], (z[0][:k].roll(1, 0), z[1][:k].roll(1, 0)),
-                                                c["index"][:k], args.seed, args.sampling_steps))  # fmt: skip
-    out["psnr_sampled"] = psnr(sampled, c["last"][:k])
-    out["psnr_copy"] = psnr(c["first"][:k], c["last"][:k])
-    pictures = {"first": c["first"][:k], "sampled": sampled, "last": c["last"][:k], "transferred": transferred,
-                "instructions": texts, "action": c["action"], "mask": c["mask"],
-                "predicted": actions.get("as_is"), "names": ACTION_NAMES}  # fmt: skip
-    return out, {key: v.cpu() if isinstance(v, Tensor) else v for key, v in pictures.items()}
+    amp = lambda: torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32)
+
+    def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
+        for batch in batches(lam.make_windows(trained, split), samples, trained.batch, process, f"lam, {split}"):
+            ends, first, last = batch["video"][:, [0, -1]], batch["video"][:, 0], batch["video"][:, -1]
+            with amp():
+                z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
+                row = {"z_sce": z_sce, "z_mot": z_mot, "encoder": raw_encoder(model, ends), "pixels": pixels(ends)}
+                if split == "val":
+                    row |= {"first": first, "last": last, "now": codec.encode(first), "future": codec.encode(last)}
+                    row |= {"codec": codec.decode(row["future"]), "index": batch["index"]}
+            row = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in row.items()}
+            yield {k: v.cpu() for k, v in (row | targets(batch)).items()} | {"instruction": batch["instruction"]}
+
+    held_out, seen = columns(encoded("val", args.samples)), columns(encoded("train", args.probe_samples))
+    action, mask, other = held_out["action"], held_out["mask"], partners(held_out["episode"])
+    changes = tampered((held_out["z_sce"], held_out["z_mot"]), other, trained.dla)
+    n = min(args.frames, args.samples)
+    losses, decoded, sampled = ({name: [] for name in changes} for _ in range(3))
+    starts = range(0, args.samples, trained.batch)
+    for i in tqdm(starts, desc="lam, decoding", unit="batch", mininterval=1):
+        part = slice(i, i + trained.batch)
+        now, future, index = (held_out[k][part].to(process.device) for k in ("now", "future", "index"))
+        noisy, s, velocity = lam.flow(future, index, args.seed)
+        for name, changed in changes.items():
+            z = tuple(x[part].to(process.device) for x in changed)
+            with amp():
+                predicted, _ = model.decode(noisy, now, s, z)
+                losses[name].append((predicted.float() - velocity).square().flatten(1).mean(1).cpu())
+                if trained.uad:
+                    decoded[name].append(lam.decode_actions(model, now, z, index, args.seed).cpu())
+                if m := max(0, min(n - i, len(now))):
+                    x = lam.sample_frame(model, now[:m], tuple(x[:m] for x in z), index[:m], args.seed,
+                                         args.sampling_steps)  # fmt: skip
+                    sampled[name].append(codec.decode(x).cpu())
+    losses, sampled = ({k: torch.cat(v) for k, v in d.items()} for d in (losses, sampled))
+    decoded = {k: torch.cat(v) for k, v in decoded.items() if v}
+
+    out: dict[str, Any] = {"checkpoint": origin(found, meta), "data": list(trained.data), "samples": args.samples,
+                           "held_out": bool(trained.val_every)}  # fmt: skip
+    first, last = held_out["first"][:n], held_out["last"][:n]
+    out["frames"] = {"copied": frame_scores(first, last), "sampled": frame_scores(sampled["as_is"], last),
+                     "codec": frame_scores(held_out["codec"][:n], last)}  # fmt: skip
+    tokens = {"z_sce": "z_sce", "z_mot": "z_mot"} if trained.dla else {"z": "z_mot"}
+    out["probes"] = probes(seen, held_out, {"pixels": "pixels", "encoder": "encoder"} | tokens)
+    if not out["probes"]:  # data without actions
+        decoded = {}
+    if decoded:
+        out["probes"]["decoder"] = action_scores(decoded["as_is"], action, mask)
+        out["actions"] = action_table(decoded["as_is"], action, mask, mean_action(seen))
+    out["split"] = {}
+    for name in changes:
+        scores = frame_scores(sampled[name], last)
+        row = {"psnr": scores["psnr"], "frame_mse": scores["mse"], "frame_loss": losses[name].mean().item()}
+        if decoded:
+            row["action_mse"] = action_scores(decoded[name], action, mask)["mse"]
+        whole = out["split"].get("as_is", row)
+        out["split"][name] = row | {f"{k}_ratio": row[k] / max(whole[k], 1e-9) for k in row if k != "psnr"}
+    out["transfer"] = {}
+    for row, name in {"z": "shuffled", "z_mot": "z_mot_shuffled"}.items():
+        if name in changes:
+            frames = {"source": held_out["last"][other[:n]], "scene": first}
+            truth = {"source": (action[other], mask[other]), "scene": (action, mask)}
+            scores = {f"psnr_{k}": lam.psnr(sampled[name], v).mean().item() for k, v in frames.items()}
+            for k, v in truth.items() if decoded else ():
+                scores |= {f"{c}_{k}": x for c, x in action_scores(decoded[name], *v).items()}
+            out["transfer"][row] = scores
+    return out, held_out | {"sampled": sampled, "decoded": decoded, "other": other}
+
+
+def action_table(predicted: Tensor, target: Tensor, mask: Tensor, mean: Tensor) -> Table:
+    """A row for each dimension that moves (R2, squared error, the mean action's squared error) and each gripper
+    (accuracy, and that of its more frequent command); and the means over the former. (B, A, 44) each, mean (A, 44)."""
+    r2, mse = dimension_scores(predicted, target, mask)
+    baseline = dimension_scores(mean.expand_as(target), target, mask)[1]
+    moving = [i for i in MOTION if not mse[i].isnan()]
+    scores = {"r2": r2, "mse": mse, "mse_mean": baseline}
+    table = {"mean": {k: v[moving].mean().item() for k, v in scores.items()}}
+    table |= {ACTION_NAMES[i]: {k: v[i].item() for k, v in scores.items()} for i in moving}
+    for i in GRIPPERS:
+        valid = mask[..., i]
+        if valid.any():
+            open_ = target[..., i][valid] > 0.5
+            right, share = (predicted[..., i][valid] > 0.5) == open_, open_.float().mean().item()
+            table[ACTION_NAMES[i]] = {"accuracy": right.float().mean().item(), "majority": max(share, 1 - share)}
+    return table
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -204,7 +366,8 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
 @torch.no_grad()
 def report_student(args: Args, process: Process) -> dict[str, Any]:
     """Held-out cosine, losses and perplexity, a probe from Zhat to the next actions, and a few written sentences."""
-    student, trained, meta = distill.load_student(args.student)
+    found = common.find_checkpoint(args.student, "distill")
+    student, trained, meta = distill.load_student(found)
     teacher, teacher_args, taught = lam.load_lam(args.lam)
     if meta["teacher"] != {k: taught[k] for k in meta["teacher"]}:
         raise InputError(f"the student at {args.student} learned from {meta['teacher']} of {trained.lam}; {args.lam} "
@@ -213,24 +376,22 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
                       val_samples=args.samples)  # fmt: skip
     windows = distill.make_windows(trained, teacher_args, student.image_size, "val")
-    out = {"step": meta["step"], "trained_at": meta["commit"]}
+    out: dict[str, Any] = {"checkpoint": origin(found, meta), "teacher": meta["teacher"], "samples": args.samples}
     out |= {k.removeprefix("val_"): v for k, v in distill.validate(student, teacher, windows, trained, process).items()}
     student.eval()
-    hats, raws, actions, masks = [], [], [], []
-    for first in tqdm(range(0, args.samples, trained.batch), desc="student report", unit="batch", mininterval=1):
-        rows = range(first, min(first + trained.batch, args.samples))
-        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
-        hats.append(student(batch["first"], batch["instruction"]).float().cpu().flatten(1))
-        raws.append(F.interpolate(batch["first"][:, 0].float().cpu() / 255, (16, 16), mode="area").flatten(1))
-        actions.append(batch["action"].cpu())
-        masks.append(batch["action_mask"].cpu())
-        if first == 0:
-            wrote = student.describe(batch["first"][:4], batch["instruction"][:4])
-            out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
-                                zip(batch["instruction"], wrote, batch["subtask"], strict=False)]  # fmt: skip
-    target, mask = torch.cat(actions)[..., MOTION], torch.cat(masks)[..., MOTION]
-    out["probe_r2_zhat"] = probe(torch.cat(hats), target, mask)
-    out["probe_r2_raw"] = probe(torch.cat(raws), target, mask)
+
+    def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
+        data = distill.make_windows(replace(trained, preload=False), teacher_args, student.image_size, split)
+        for batch in batches(data, samples, trained.batch, process, f"student, {split}"):
+            if split == "val" and "sentences" not in out:
+                wrote = student.describe(batch["first"][:4], batch["instruction"][:4])
+                out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
+                                    zip(batch["instruction"], wrote, batch["subtask"], strict=False)]  # fmt: skip
+            hat = student(batch["first"], batch["instruction"])
+            yield {"zhat": hat.float().cpu(), "pixels": pixels(batch["first"])} | targets(batch)
+
+    held_out, seen = columns(encoded("val", args.samples)), columns(encoded("train", args.probe_samples))
+    out["probes"] = probes(seen, held_out, {"pixels": "pixels", "zhat": "zhat"})
     return out
 
 
@@ -245,7 +406,7 @@ def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]
     if unknown:
         raise InputError(f"unknown tasks {unknown}: choose from {list(franka.TASKS)}")
     policy = franka.make_policy(args.policy)
-    out: dict[str, Any] = {"policy": policy.name}
+    out: dict[str, Any] = {"checkpoint": policy.name}
     entries: list[dict] = []
     film: list[np.ndarray] = []
     keep = lambda frame: film.append(frame) if len(film) < 10 * franka.HZ else None  # a frame has most of a megabyte
@@ -265,68 +426,158 @@ def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def draw_frames(fig: Any, pictures: dict[str, Any], title: str) -> None:
+    """A column for each of ten windows: V_t, V_{t+k}, and what is sampled from Z, without parts of it, with another."""
+    sampled, other = pictures["sampled"], pictures["other"]
+    n = len(sampled["as_is"])
+    first, last, source = pictures["first"][:n], pictures["last"][:n], other[:n]
+    rows = {"V_t": first, "true V_{t+k}": last, "sampled": sampled["as_is"]}
+    rows |= {f"sampled,\n{label}": sampled[k] for k, label in {"zeroed": "Z zeroed", "z_mot_zeroed": "Z_mot zeroed",
+             "z_sce_zeroed": "Z_sce zeroed"}.items() if k in sampled}  # fmt: skip
+    rows |= {"another clip:\nits V_t": pictures["first"][source], "its V_{t+k}": pictures["last"][source],
+             "sampled, its Z\nfrom the top V_t": sampled["shuffled"]}  # fmt: skip
+    moved = (first.float() - last.float()).abs().flatten(1).mean(1)  # the windows in which most happens say most
+    shown = moved.argsort(descending=True)[:10].sort().values.tolist()
+    axes = fig.subplots(len(rows), len(shown), squeeze=False)
+    for line, (label, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(label, fontsize=9, rotation=0, ha="right", va="center")
+        for ax, i in zip(line, shown, strict=True):
+            ax.imshow(images[i].permute(1, 2, 0).numpy())
+            ax.set(xticks=[], yticks=[])
+            if label == "V_t" or label.startswith("sampled") and "its Z" not in label:
+                decibel = lam.psnr(images[[i]], last[[i]]).item()
+                ax.text(0.03, 0.04, f"{decibel:.1f} dB", fontsize=7, color="white", transform=ax.transAxes,
+                        bbox={"color": "black", "alpha": 0.5, "pad": 1})  # fmt: skip
+    for ax, i in zip(axes[0], shown, strict=True):
+        ax.set_title(textwrap.shorten(pictures["instruction"][i], 24, placeholder=" ..."), fontsize=8)
+    fig.suptitle(title, fontsize=11)
+
+
+def draw_actions(fig: Any, pictures: dict[str, Any], table: Table) -> None:
+    """Decoded against true actions, for up to seven dimensions that move, and a gripper."""
+    names = [k for k in table if "r2" in table[k] and k != "mean"][:7]
+    names += [k for k in table if "accuracy" in table[k]][-1:]
+    for ax, name in zip(fig.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        i = ACTION_NAMES.index(name)
+        valid = pictures["mask"][..., i]
+        x, y = pictures["action"][..., i][valid], pictures["decoded"]["as_is"][..., i][valid]
+        if "accuracy" in table[name]:
+            bins = np.linspace(0, 1, 11)
+            ax.hist([y[x < 0.5].numpy(), y[x > 0.5].numpy()], bins, stacked=True, label=["closed", "open"])
+            ax.set_title(f"{name}\naccuracy {table[name]['accuracy']:.2f} ({table[name]['majority']:.2f})", fontsize=9)
+            ax.set_xlabel("decoded probability of open", fontsize=8)
+            ax.legend(title="true", fontsize=7, title_fontsize=7)
+            continue
+        ax.plot(x, y, ".", markersize=3, alpha=0.4)
+        ends = [float(torch.cat([x, y]).min()), float(torch.cat([x, y]).max())]
+        ax.plot(ends, ends, "k-", linewidth=0.5)
+        ax.set_title(f"{name}\nR2 {table[name]['r2']:.2f}", fontsize=9)
+        ax.set_xlabel("true", fontsize=8)
+    fig.axes[0].set_ylabel("decoded", fontsize=8)
+    mean = table["mean"]
+    fig.suptitle(f"actions, decoded against true (normalised): R2 {mean['r2']:.3f}, squared error {mean['mse']:.4f}, "
+                 f"of the mean action {mean['mse_mean']:.4f}", fontsize=11)  # fmt: skip
+
+
+def draw_bars(ax: Any, table: Table, labels: dict[str, str], title: str, least: float | None = None) -> None:
+    """Horizontal bars, a group for each row and one of them for each of the columns `labels`, with their values. least:
+    where the axis begins at the left; None: a logarithmic axis of factors."""
+    labels = {k: v for k, v in labels.items() if any(k in row for row in table.values())}
+    height = 0.8 / max(len(labels), 1)
+    for j, (column, label) in enumerate(labels.items()):
+        at = [i + (j - (len(labels) - 1) / 2) * height for i in range(len(table))]
+        values = [row.get(column, np.nan) for row in table.values()]
+        start = 1 if least is None else 0
+        shown = [v if least is None else max(v, least) for v in values]
+        ax.barh(at, np.array(shown) - start, height, left=start, label=label)
+        for y, v, x in zip(at, values, shown, strict=True):
+            ax.annotate(f"{v:.2f}", (max(x, start), y), (2, 0), textcoords="offset points", va="center", fontsize=7)
+    if least is None:
+        ax.set_xscale("log")
+        ticks = [v for v in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if ax.get_xlim()[0] <= v <= ax.get_xlim()[1]]
+        ax.set_xticks(ticks, [f"x{v:g}" for v in ticks], minor=False)
+        ax.minorticks_off()
+        ax.axvline(1, color="black", linewidth=0.8)
+    else:
+        ax.set_xlim(least, 1.15)
+        ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(table)), table)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_title(title, fontsize=10)
+    if len(labels) > 1:
+        ax.legend(fontsize=7)
+
+
+def draw_curves(fig: Any, runs: dict[str, str]) -> None:
+    """The logged losses of each run (dashed: what predicting the mean would give), and the LAM's held-out health."""
+    ends = ("frame", "motion", "mse", "ee", "motion_mean", "ee_mean")
+    skip = ("step", "lr", "seconds", "wait", "grad_norm")
+    panels = {
+        "losses": lambda k: k not in skip and (not k.startswith("val_") or k.endswith(ends)),
+        "PSNR in dB": lambda k: k.startswith("val_psnr"),
+        "times worse without": lambda k: "_zero_" in k,
+    }
+    wanted = []
+    for stage, run in runs.items():
+        metrics = common.read_metrics(run)
+        keys = sorted({k for m in metrics for k in m})
+        wanted += [(f"{stage}: {title}", metrics, list(filter(chosen, keys))) for title, chosen in panels.items()]
+    wanted = [panel for panel in wanted if panel[2]] or wanted[:1]
+    for ax, (title, metrics, keys) in zip(fig.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
+        for key in keys:
+            points = [(m["step"], m[key]) for m in metrics if key in m]
+            ax.plot(*zip(*points, strict=True), "--" if key.endswith(("mean", "copy")) else "-", label=key)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step", fontsize=8)
+        if "PSNR" not in title:
+            ax.set_yscale("log")
+        if keys:
+            ax.legend(fontsize=7)
+
+
+def draw_film(fig: Any, film: list[np.ndarray], report: dict[str, Any]) -> None:
+    """Six frames of a rollout."""
+    shown = [film[i] for i in np.linspace(0, len(film) - 1, min(6, len(film))).round().astype(int)]
+    rates = [f"{t} {v['successes']}/{v['trials']}" for t, v in report.items() if isinstance(v, dict) and "trials" in v]
+    fig.suptitle(f"rollout of {report['checkpoint']}: " + ", ".join(rates), fontsize=11)
+    for ax, frame in zip(fig.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        ax.imshow(frame)
+        ax.set(xticks=[], yticks=[])
+
+
 def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film: list, report: dict) -> None:
-    """One PNG: reconstructions, decoded actions, the stages' losses, the rollout; what there is of them."""
+    """One PNG: the latent action model's frames, actions and tables, the stages' losses, the rollout; what there is."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    decoded = pictures is not None and pictures["predicted"] is not None
-    heights = [6.5 * (pictures is not None), 3.2 * decoded, 3.2, 2.8 * bool(film)]
-    fig = plt.figure(figsize=(15, sum(heights)), layout="constrained")
+    n = report["lam"] if pictures else {}
+    rows = 6 + len({"zeroed", "z_mot_zeroed", "z_sce_zeroed"} & set(pictures["sampled"])) if pictures else 0
+    heights = [1.25 * rows + 0.7, 2.8 * ("actions" in n), 3.4 * bool(n), 3.0, 2.6 * bool(film)]
+    if not pictures:
+        heights[0] = 0
+    fig = plt.figure(figsize=(14, sum(heights)), layout="constrained")
     present = [h for h in heights if h]
     parts = iter(fig.subfigures(len(present), 1, height_ratios=present, squeeze=False)[:, 0])
-    top, middle, curves, bottom = (next(parts) if h else None for h in heights)
-    if pictures:
-        rows = [("V_t, copied", "first"), ("sampled V_{t+k}", "sampled"), ("true V_{t+k}", "last"),
-                ("Z of the left neighbour", "transferred")]  # fmt: skip
-        # The windows in which most happens say most.
-        moved = (pictures["first"].float() - pictures["last"].float()).abs().flatten(1).mean(1)
-        shown = moved.argsort(descending=True)[:8].sort().values.tolist()
-        axes = top.subplots(len(rows), len(shown), squeeze=False)
-        n = report["lam"]
-        top.suptitle(f"held-out windows: PSNR sampled {n['psnr_sampled']:.1f} dB, copied {n['psnr_copy']:.1f} dB")
-        for r, (label, key) in enumerate(rows):
-            for col, i in enumerate(shown):
-                axes[r, col].imshow(pictures[key][i].permute(1, 2, 0).numpy())
-                axes[r, col].set(xticks=[], yticks=[])
-                if r == 0:
-                    axes[r, col].set_title(pictures["instructions"][i], fontsize=7)
-            axes[r, 0].set_ylabel(label, fontsize=9)
-        if decoded:
-            names = [i for i in range(len(ACTION_NAMES)) if pictures["mask"][..., i].any()][-7:]
-            axes = middle.subplots(1, len(names), squeeze=False)[0]
-            middle.suptitle(f"actions, decoded against true (normalised): R2 {n['action_r2']:.2f}, squared error "
-                            f"{n['action_mse_as_is']:.3f}, of the mean action {n['action_mse_mean']:.3f}")  # fmt: skip
-            for ax, i in zip(axes, names, strict=True):
-                valid = pictures["mask"][..., i]
-                x, y = pictures["action"][..., i][valid], pictures["predicted"][..., i][valid]
-                ax.plot(x, y, ".", markersize=2, alpha=0.5)
-                low, high = float(torch.cat([x, y]).min()), float(torch.cat([x, y]).max())
-                ax.plot([low, high], [low, high], "k-", linewidth=0.5)
-                ax.set_title(ACTION_NAMES[i], fontsize=9)
-                ax.set_xlabel("true", fontsize=8)
-            axes[0].set_ylabel("decoded", fontsize=8)
-    axes = curves.subplots(1, len(runs), squeeze=False)[0]
-    for ax, (stage, run) in zip(axes, runs.items(), strict=True):
-        metrics = common.read_metrics(run)
-        skip = {"step", "lr", "seconds", "wait", "grad_norm"}
-        for key in sorted({k for m in metrics for k in m} - skip):
-            if key.startswith("val_") and not key.endswith(("frame", "motion", "mse", "ee", "motion_mean", "ee_mean")):
-                continue
-            points = [(m["step"], m[key]) for m in metrics if key in m]
-            ax.plot(*zip(*points, strict=True), "--" if key.endswith("mean") else "-", label=key, linewidth=1.2)
-        ax.set(title=f"{stage}: losses", xlabel="step", yscale="log")
-        ax.legend(fontsize=7)
-    if film:
-        shown = [film[i] for i in np.linspace(0, len(film) - 1, min(6, len(film))).round().astype(int)]
-        axes = bottom.subplots(1, len(shown), squeeze=False)[0]
-        rates = [f"{t} {v['successes']}/{v['trials']}" for t, v in report["sim"].items() if isinstance(v, dict)]
-        bottom.suptitle(f"rollout of {report['sim']['policy']}: " + ", ".join(rates))
-        for ax, frame in zip(axes, shown, strict=True):
-            ax.imshow(frame)
-            ax.set(xticks=[], yticks=[])
+    frames, actions, bars, curves, rollout = (next(parts) if h else None for h in heights)
+    if frames:
+        words = {"copied": "V_t copied", "sampled": "V_{t+k} sampled", "codec": "V_{t+k} through the codec"}
+        scores = [f"{words[k]}: {v['psnr']:.1f} dB, SSIM {v['ssim']:.3f}" for k, v in n["frames"].items()]
+        draw_frames(frames, pictures, f"{n['checkpoint']['path']}, held-out windows\n{'; '.join(scores)}")
+        axes = bars.subplots(1, 3, width_ratios=[1, 1.3, 1])
+        draw_bars(axes[0], n["probes"], {"r2": "R2"}, "R2 of linear probes to the actions", -0.2)
+        worse = {"action_mse_ratio": "actions", "frame_loss_ratio": "frame loss", "frame_mse_ratio": "sampled frame"}
+        split = {k.replace("_", " ").replace("z ", "Z_"): row for k, row in n["split"].items() if k != "as_is"}
+        draw_bars(axes[1], split, worse, "times worse when Z is tampered with")
+        whose = {"r2_source": "of the clip that Z is from", "r2_scene": "of the scene's own clip"}
+        draw_bars(axes[2], n["transfer"], whose, "Z in another clip's scene: R2 to actions", -1)
+    if actions:
+        draw_actions(actions, pictures, n["actions"])
+    draw_curves(curves, runs)
+    if rollout:
+        draw_film(rollout, film, report["sim"])
     partial = path.with_name("partial." + path.name)
     fig.savefig(partial, dpi=100)
     partial.replace(path)
@@ -338,9 +589,34 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def file_part(report: dict[str, Any], name: str, part: dict[str, Any]) -> None:
+    """Puts a part into the report. One that is there and was made from another checkpoint moves to `earlier`."""
+    same = lambda other: other.get("checkpoint") == part["checkpoint"]
+    earlier = [old for old in report.get("earlier", []) if old["part"] != name or not same(old)]
+    if name in report and not same(report[name]):
+        earlier.append({"part": name} | report[name])
+        print(f"{name}: the report on {report[name].get('checkpoint')} is kept under `earlier`")
+    report |= {name: part, "earlier": earlier}
+
+
+def show(title: str, part: dict[str, Any]) -> None:
+    """Prints the numbers of a part and its tables."""
+    about = part["checkpoint"]
+    print(f"{title}: {about['path'] if isinstance(about, dict) else about}")
+    print("\n".join(f"  {k:24} {v:9.4f}" for k, v in part.items() if isinstance(v, float)))
+    for name, table in part.items():
+        if not (isinstance(table, dict) and table and all(isinstance(row, dict) for row in table.values())):
+            continue
+        keys = list(dict.fromkeys(k for row in table.values() for k in row))
+        print(f"  {name:16}" + "".join(f"{k:>18}" for k in keys))
+        for row, values in table.items():
+            print(f"    {row:14}" + "".join(f"{values[k]:18.4f}" if k in values else " " * 18 for k in keys))
+
+
 def evaluate(args: Args, process: Process) -> dict[str, Any]:
     """Runs the reports asked for, merges them into report.json and draws report.png."""
-    common.at_least(args, samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16, seed=0)
+    common.at_least(args, samples=8, probe_samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16,
+                    seed=0)  # fmt: skip
     if not args.tasks:
         raise InputError(f"--tasks is empty: choose from {list(franka.TASKS)}")
     out = Path(args.out)
@@ -348,20 +624,19 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
     path = out / "report.json"
     report = common.read_json(path) if path.exists() else {}
     pictures, film = None, []
-    began = time.time()
-    if args.what in ("all", "lam"):
-        report["lam"], pictures = report_lam(args, process)
-    if args.what in ("all", "student"):
-        report["student"] = report_student(args, process)
-    if args.what in ("all", "sim"):
-        report["sim"], entries, film = report_sim(args)
-        common.write_json(out / "sim.json", entries)
-    report |= {"commit": common.git_commit(), "seed": args.seed, "seconds": round(time.time() - began, 1)}
+    for name in ("lam", "student", "sim") if args.what == "all" else (args.what,):
+        began = time.time()
+        if name == "lam":
+            part, pictures = report_lam(args, process)
+        elif name == "student":
+            part = report_student(args, process)
+        else:
+            part, entries, film = report_sim(args)
+            common.write_json(out / "sim.json", entries)
+        part |= {"commit": common.git_commit(), "seed": args.seed, "seconds": round(time.time() - began, 1)}
+        file_part(report, name, part)
+        show(name, part)
     common.write_json(path, report)
-    for part in ("lam", "student"):
-        if args.what in ("all", part):
-            values = {k: v for k, v in report[part].items() if isinstance(v, float)}
-            print(f"{part}:\n" + "\n".join(f"  {k:28} {v:9.4f}" for k, v in values.items()))
     picture = out.parent / ("report.png" if args.what == "all" else f"report_{args.what}.png")
     runs = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
     draw(picture, pictures, dict(run for k, run in runs.items() if args.what in ("all", k)), film, report)

@@ -366,8 +366,13 @@ class LAM(nn.Module):
     def decode(self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor]):
         return self.decoder(noisy, current, s, *z)
 
-    def forward(self, video: Tensor, instructions: list[str], noisy: Tensor, current: Tensor, s: Tensor):
-        return self.decode(noisy, current, s, self.encode(video, instructions))
+    def forward(
+        self, video: Tensor, instructions: list[str], noisy: Tensor, current: Tensor, s: Tensor, zero: str = ""
+    ):
+        """What `decode` returns. zero: "scene" or "motion" blanks that set of tokens, to see what it was good for."""
+        z_sce, z_mot = self.encode(video, instructions)
+        z = (z_sce * 0 if zero == "scene" else z_sce, z_mot * 0 if zero == "motion" else z_mot)
+        return self.decode(noisy, current, s, z)
 
 
 class PixelCodec:
@@ -553,11 +558,50 @@ def mean_action(windows: Windows, samples: int = 256) -> Tensor:
     return total / count.clamp(min=1)
 
 
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each of the uint8 images (B, 3, H, W): (B,), at most 78."""
+    mse = (a.float() - b.float()).square().flatten(1).mean(1).clamp(min=1e-3)
+    return 10 * torch.log10(255**2 / mse)
+
+
+HEALTH = ("psnr", "psnr_copy", "right", "frame", "motion", "frame_zero_sce", "motion_zero_sce", "frame_zero_mot",
+          "motion_zero_mot")  # fmt: skip
+
+
+@torch.no_grad()
+def health(
+    model: LAM, codec, batch: dict, current: Tensor, future: Tensor, counted: Tensor, args: Args
+) -> Tensor:
+    """Sums over a batch, each sample times its `counted` (B,): one for each name in HEALTH, read out at s = 1, where
+    all that is known of V_{t+k} comes from V_t and Z. First dB of the one-step estimate of V_{t+k}, beside V_t left as
+    it is; and gripper commands on the right side. Then squared errors, of that estimate's latents (mean over a sample)
+    and of the actions (summed): with Z as it is, without Z_sce, without Z_mot. Zero where an ablated model has no such
+    thing. Only `model(...)` is called, so a sharded model will do."""
+    noise = common.noise(current.shape[1:], batch["index"], args.seed, current.device, purpose=2)
+    s = torch.ones(len(noise), device=noise.device)
+    mask = batch["action_mask"] * counted[:, None, None]
+    sums = torch.zeros(len(HEALTH), device=noise.device)
+    for i, zero in enumerate(("", "scene", "motion") if args.dla else ("",)):
+        velocity, actions = model(batch["video"], batch["instruction"], noise, current, s, zero)
+        estimate = noise - velocity.float()
+        sums[3 + 2 * i] = (estimate - future).square().mean((1, 2, 3)).mul(counted).sum()
+        if args.uad:
+            sums[4 + 2 * i] = action_terms(actions, batch["action"], mask)[0]
+        if not zero:
+            first, last = batch["video"][:, 0], batch["video"][:, -1]
+            sums[:2] = torch.stack([psnr(codec.decode(estimate), last), psnr(first, last)]).mul(counted).sum(1)
+            if args.uad:
+                right = (actions[..., GRIPPERS] > 0) == (batch["action"][..., GRIPPERS] > 0.5)
+                sums[2] = (right * mask[..., GRIPPERS]).sum()
+    return sums
+
+
 @torch.no_grad()
 def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, process: Process) -> dict[str, float]:
-    """Held-out losses, and the error of the decoded actions beside that of always predicting the mean action."""
+    """Held-out losses, the error of the decoded actions beside that of always predicting the mean action, the one-step
+    estimate's PSNR beside that of copying V_t, and how many times larger an error becomes without Z_sce or Z_mot."""
     model.eval()
-    total = torch.zeros(6, device=process.device)
+    total = torch.zeros(4 + len(HEALTH), device=process.device)
     for first in range(0, args.val_samples, args.batch):
         rows = range(first, min(first + args.batch, args.val_samples))
         batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
@@ -566,22 +610,22 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
             noisy, s, velocity = flow(future, batch["index"], args.seed)
             predicted, _ = model(batch["video"], batch["instruction"], noisy, current, s)
             total[0] += F.mse_loss(predicted.float(), velocity) * len(rows)
-            if args.uad:
-                ones = torch.ones_like(s)
-                blank = common.noise(current.shape[1:], batch["index"], args.seed, process.device, purpose=2)
-                _, actions = model(batch["video"], batch["instruction"], blank, current, ones)
-                counts = valid_counts(batch["action_mask"])
-                motion = action_terms(actions, batch["action"], batch["action_mask"])[0]
-                baseline = action_terms(mean.to(actions).expand_as(actions), batch["action"], batch["action_mask"])[0]
-                open_ = (actions[..., GRIPPERS] > 0) == (batch["action"][..., GRIPPERS] > 0.5)
-                right = (open_ * batch["action_mask"][..., GRIPPERS]).sum()
-                total[1:] += torch.stack([motion, baseline, right.float(), counts[0], counts[1]])
+            total[4:] += health(model, codec, batch, current, future, torch.ones_like(s), args)
+        target, mask = batch["action"], batch["action_mask"]
+        total[1] += action_terms(mean.to(target).expand_as(target), target, mask)[0]
+        total[2:4] += valid_counts(mask)
     model.train()
-    values = {"val_frame": total[0].item() / args.val_samples}
+    frame, baseline, n, grippers = total[:4].tolist()
+    h = dict(zip(HEALTH, total[4:].tolist(), strict=True))
+    values = {"val_frame": frame / args.val_samples}
+    values |= {f"val_{k}": h[k] / args.val_samples for k in ("psnr", "psnr_copy")}
     if args.uad:
-        motion, baseline, right, n, grippers = total[1:].tolist()
-        values |= {"val_motion": motion / max(n, 1), "val_motion_mean": baseline / max(n, 1)}
-        values |= {"val_r2": 1 - motion / max(baseline, 1e-9), "val_gripper_accuracy": right / max(grippers, 1)}
+        values |= {"val_motion": h["motion"] / max(n, 1), "val_motion_mean": baseline / max(n, 1)}
+        values["val_r2"] = 1 - h["motion"] / max(baseline, 1e-9)
+        values["val_gripper_accuracy"] = h["right"] / max(grippers, 1)
+    for part in ("frame", "motion") if args.uad else ("frame",):
+        for zero in ("zero_sce", "zero_mot") if args.dla else ():
+            values[f"val_{part}_{zero}"] = h[f"{part}_{zero}"] / max(h[part], 1e-9)
     return values
 
 
