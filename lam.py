@@ -257,6 +257,16 @@ class Attention(nn.Module):
         return self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
 
 
+def spread(module: nn.Module) -> None:
+    """Gives every linear layer weights of standard deviation 1 / sqrt(inputs), so that what it reads keeps its scale.
+    torch's own start is 1.7 times smaller, and a few layers of it hide Z from the losses for long (our choice)."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 class MotionLayer(nn.Module):
     """One layer of the motion stream: itself, Z_mot, the scene stream's tokens of the same layer, and an MLP."""
 
@@ -305,13 +315,15 @@ class Decoder(nn.Module):
         self.places = nn.ParameterList(nn.Parameter(torch.randn(n, args.latent_dim)) for n in tokens)
         self.checkpointing, self.uad = args.checkpointing, args.uad
         self.corrects = args.decoder in SANA_SIZES
-        if self.corrects:  # the first guess is V_t itself
-            nn.init.zeros_(sana.proj_out.weight)
-            nn.init.zeros_(sana.proj_out.bias)
+        if self.corrects:
+            spread(sana)
+            nn.init.zeros_(sana.proj_out.weight)  # the first guess is V_t itself
         w, heads, layers = args.motion_width, args.motion_heads, range(sana.config.num_layers)
         self.to_scene = nn.ModuleList(MotionToScene(width, w, w, heads) for _ in layers)
         self.motion = nn.ModuleList(MotionLayer(w, heads, args.latent_dim, width) for _ in layers)
-        self.queries = nn.Parameter(torch.randn(args.frames - 1, w))
+        spread(self.motion)
+        spread(self.to_scene)
+        self.queries = nn.Parameter(torch.randn(args.frames - 1, w) * 0.3)
         self.noise_level = nn.Linear(width, w)
         if args.uad:
             self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, len(common.ACTION_NAMES)))
