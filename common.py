@@ -56,6 +56,10 @@ class InputError(ValueError):
     """Something the user can put right: the message says what, with which values, and what to type next."""
 
 
+class DamagedEpisode(InputError):
+    """One episode cannot be read; the others may well be. Training passes over it and counts it (`Windows.draw`)."""
+
+
 def parse_args(args_type: type, presets: dict[str, Any], description: str, argv: Sequence[str] | None = None):
     """Parses a stage's command line: `--tiny` or `--small` picks the defaults, every other flag overrides them,
     in either order. `--help` lists what each preset changes; `--tiny --help` shows the preset's own defaults."""
@@ -85,7 +89,7 @@ def at_least(args: Any, **least: float) -> None:
 def check_training(args: Any) -> None:
     """Raises InputError for a value that no learning stage can work with."""
     at_least(args, steps=1, batch=1, accumulate=1, save_every=1, log_every=1, val_samples=1)
-    at_least(args, workers=0, warmup=0, seed=0, val_every=0, lr=0, min_lr=0, weight_decay=0, betas=0)
+    at_least(args, workers=0, warmup=0, seed=0, val_every=0, lr=0, min_lr=0, weight_decay=0, betas=0, max_bad=0)
     if not all(b < 1 for b in args.betas) or not 0 < args.clip < math.inf:
         raise InputError(f"--betas {args.betas} must be below 1, and --clip {args.clip} positive")
 
@@ -127,12 +131,14 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
 
 @dataclass
 class Process:
-    """This process among all: `rank` of `world`, its `device`, and the dtype of matrix products."""
+    """This process among all: `rank` of `world`, its `device`, the dtype of matrix products, and how many copies of a
+    sharded model there are (see `sharding`)."""
 
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype
+    replicas: int = 1
 
     @property
     def main(self) -> bool:
@@ -144,6 +150,21 @@ class Process:
             values = values.clone()
             dist.all_reduce(values)
         return values
+
+    def cat(self, values: Tensor) -> Tensor:
+        """The ranks' tensors of one shape (B, ...) behind one another: (world * B, ...). Also a collective."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
+    def gather(self, values: list) -> list:
+        """The ranks' lists behind one another, on every rank: a collective without tensors."""
+        parts: list = [values] * self.world
+        if self.world > 1:
+            dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
 
     def barrier(self) -> None:
         if self.world > 1:
@@ -157,16 +178,20 @@ def here() -> Process:
     return Process(0, 1, device, torch.bfloat16 if cuda else torch.float32)
 
 
-def setup(seed: int, cpu_bf16: bool = False) -> Process:
+def setup(seed: int, replicas: int = 1, cpu_bf16: bool = False) -> Process:
     """Joins torchrun's process group if there is one, picks the device and seeds the weights' initialisation.
 
     Every rank gets the same seed, so that all build the same initial model. Matrix products are in bfloat16 on a GPU,
-    and with `cpu_bf16` on CPUs that have instructions for it."""
+    and with `cpu_bf16` on CPUs that have instructions for it. Raises InputError where the ranks cannot be divided into
+    so many replicas."""
     process = here()
     if cpu_bf16 and process.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         process = dataclasses.replace(process, dtype=torch.bfloat16)
         torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's: its backward pass is slow in bfloat16
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if replicas < 1 or world % replicas:
+        raise InputError(f"--replicas {replicas} does not divide {world} processes: give the number of nodes, or 1, "
+                         f"and start with `torchrun --nnodes NODES --nproc-per-node GPUS`")  # fmt: skip
     cuda = process.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(process.device)
@@ -174,7 +199,7 @@ def setup(seed: int, cpu_bf16: bool = False) -> Process:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     torch.manual_seed(seed)
     np.random.seed(seed)
-    return dataclasses.replace(process, rank=rank, world=world)
+    return dataclasses.replace(process, rank=rank, world=world, replicas=replicas)
 
 
 def teardown(process: Process) -> None:
@@ -184,6 +209,59 @@ def teardown(process: Process) -> None:
         gc.collect()
         dist.barrier()
         dist.destroy_process_group()
+
+
+def sharding(process: Process) -> dict[str, Any]:
+    """How `fully_shard` treats every module of a stage.
+
+    One replica: every parameter is spread over all ranks (FSDP). Several: over world / replicas neighbouring ranks, and
+    the replicas average their gradients (HSDP); with one replica a node, parameters travel inside the nodes and only
+    gradients between them. Master weights and optimizer are float32, matrix products in `process.dtype`, gradients
+    summed in float32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    shape, names = (process.replicas, process.world // process.replicas), ("replicate", "shard")
+    if process.replicas == 1:
+        shape, names = shape[1:], names[1:]
+    mesh = init_device_mesh(process.device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    return {"mesh": mesh, "mp_policy": policy}
+
+
+class Updates:
+    """An optimizer's steps, with the gradient's global norm clipped. A step whose loss or gradient is not finite on any
+    rank is skipped on all, counted in tally["skipped"], and leaves parameters and moments as they are.
+
+    Raises InputError when `patience` steps in a row were skipped (5, our choice)."""
+
+    patience = 5
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: float, process: Process, tally: dict[str, int]):
+        self.optimizer, self.clip, self.process, self.tally, self.in_a_row = optimizer, clip, process, tally, 0
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, loss: Tensor) -> float:
+        """Ends a step whose gradients are there: `loss` is this rank's. Returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        loss = self.process.sum(loss) / self.process.world  # what is not finite on one rank is not in the sum either
+        if torch.isfinite(loss + norm):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.in_a_row += 1
+            self.tally["skipped"] += 1
+            if self.process.main:
+                tqdm.write(f"step skipped: loss {loss.item():.4g}, gradient norm {norm.item():.4g}")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.in_a_row == self.patience:
+            raise InputError(
+                f"{self.patience} steps in a row with a loss or gradient that is not finite: train anew with a lower "
+                f"--lr (now {self.optimizer.param_groups[0]['lr']:.3g}) and another --out; if it was the hardware, add "
+                f"--resume to go on from the last checkpoint"
+            )
+        return norm.item()
 
 
 def noise(shape: Sequence[int], index: Tensor, seed: int, device: torch.device, purpose: int = 0) -> Tensor:
@@ -590,7 +668,8 @@ class LeRobotReader:
     "offset"}, and the `stats` that `python -m data.stats` puts there. A mapping with neither action nor target gives
     the change of the state's pose from t to t+1 as the action.
 
-    Raises InputError for a missing path, column, camera or statistics, and for a video that is absent or cut short."""
+    Raises InputError for a missing path, column, camera or statistics, and DamagedEpisode for an episode whose video is
+    absent, broken, cut short or of another resolution than info.json says, or whose numbers are incomplete or NaN."""
 
     def __init__(self, source: Path | str):
         path, _, mapping = str(source).partition("@")
@@ -707,8 +786,10 @@ class LeRobotReader:
         """The action's and the state's normaliser. Composed actions (stride > 1) have statistics of their own.
 
         Raises InputError, naming the command that computes them, when the statistics are missing."""
-        action = self.stats.get(_ACTION if stride == 1 else f"{_ACTION}.stride{stride}")
-        state = self.stats.get(_STATE) if self.state_names else {"q01": [], "q99": []}
+        none: dict[str, list] = {"q01": [], "q99": []}
+        key = _ACTION if stride == 1 else f"{_ACTION}.stride{stride}"
+        action = self.stats.get(key) if self.action_names else none
+        state = self.stats.get(_STATE) if self.state_names else none
         hint = self.source if stride == 1 else f"{self.source} --stride {stride}"
         return (
             Normalizer.from_stats(action, self.action_names, ACTION_NAMES, hint),
@@ -731,14 +812,14 @@ class LeRobotReader:
                 wanted |= {"subtask_index"} & set(names)
                 self._tables[str(path)] = pq.read_table(path, columns=sorted(wanted))
             except (OSError, pa.ArrowInvalid) as error:
-                raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
+                raise DamagedEpisode(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
             while len(self._tables) > 16:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(str(path))
         table = self._tables[str(path)]
         rows = np.flatnonzero(table["episode_index"].to_numpy() == row["episode_index"])
         if len(rows) != row["length"]:
-            raise InputError(
+            raise DamagedEpisode(
                 f"{path} holds {len(rows)} of the {row['length']} steps of episode {row['episode_index']} of "
                 f"{self.source}: copy the data set again"
             )
@@ -758,8 +839,8 @@ class LeRobotReader:
         flat = array.flatten() if hasattr(array.type, "value_type") else array
         return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
 
-    def _columns(self, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
-        """Mapped columns, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
+    def _columns(self, i: int, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
+        """Mapped columns of episode i, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
         mapping = self.mapping.get(kind) or {}
         arrays = {name: self._array(table[name]) for name in {c["column"] for c in mapping.values()}}
         short = sorted({c["column"] for c in mapping.values() if c["index"] >= arrays[c["column"]].shape[1]})
@@ -770,7 +851,7 @@ class LeRobotReader:
         ]
         out = scatter(np.stack(values, 1) if values else np.zeros((len(table), 0)), tuple(mapping), all_names)
         if not np.isfinite(out).all():
-            raise InputError(f"{self.source}: NaN or infinite {kind} in an episode of {len(table)} steps: leave it out")
+            raise DamagedEpisode(f"{self.source}: NaN or infinite {kind} in episode {i}: leave it out")
         for side, a, s in _ARMS:
             gripper = out[:, s + 7 if all_names is STATE_NAMES else a + 6]
             if gripper.min() < -0.05 or gripper.max() > 1.05:
@@ -791,14 +872,16 @@ class LeRobotReader:
         many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none)."""
         table = self._table(i)
         n = steps = len(table)
-        state = self._columns(table, "state", STATE_NAMES)
+        state = self._columns(i, table, "state", STATE_NAMES)
         if self.mapping.get("action"):
-            action = self._columns(table, "action", ACTION_NAMES)
+            action = self._columns(i, table, "action", ACTION_NAMES)
         elif self.mapping.get("target"):
-            action = self._change(state, self._columns(table, "target", STATE_NAMES))
+            action = self._change(state, self._columns(i, table, "target", STATE_NAMES))
         else:
             action, steps = self._change(state, np.concatenate([state[1:], state[-1:]])), n - 1
-        task = self.tasks[table["task_index"][0].as_py()]
+        if (number := table["task_index"][0].as_py()) not in range(len(self.tasks)):
+            raise DamagedEpisode(f"{self.source}: episode {i} has task {number} of {len(self.tasks)}: leave it out")
+        task = self.tasks[number]
         subtask = [task] * n
         if self.subtasks and "subtask_index" in table.column_names:
             subtask = [self.subtasks[k] for k in table["subtask_index"].to_pylist()]
@@ -837,6 +920,8 @@ class LeRobotReader:
         path, start = self.video_path(i, camera)
         numbers = [round(start * self.fps + k) for k in indices]  # frame numbers in the file
         missing, found = set(numbers), {}
+        feature = self.info["features"][self.mapping["images"][camera]]
+        listed = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
         try:
             container = self._open(path)
             stream = container.streams.video[0]
@@ -844,7 +929,16 @@ class LeRobotReader:
             for second in ((min(numbers) + 0.25) / self.fps, 0.0):
                 container.seek(int(second / stream.time_base), stream=stream, backward=True)
                 for frame in container.decode(stream):
+                    # A decoder makes something up where a picture is broken, and hands it on to those that follow.
+                    if frame.is_corrupt or frame.pts is None:
+                        raise OSError("a picture is broken")
                     number = round(float(frame.pts * stream.time_base) * self.fps)
+                    h, w = frame.height, frame.width
+                    if (h, w) != (listed.get("height", h), listed.get("width", w)):
+                        raise DamagedEpisode(
+                            f"video {path} has {h} x {w} pixels (episode {i} of {self.source}), meta/info.json says "
+                            f"{listed['height']} x {listed['width']}: convert it again"
+                        )
                     if number in missing:
                         found[number] = frame.to_ndarray(format="rgb24")
                         missing.discard(number)
@@ -853,10 +947,13 @@ class LeRobotReader:
                 if not missing:
                     return np.stack([found[k] for k in numbers])
         except (av.error.FFmpegError, OSError, IndexError) as error:
-            raise InputError(f"cannot read video {path} (episode {i}): {error}; copy the file again") from None
-        raise InputError(
-            f"video {path} is cut short: it has no frame at {min(missing) / self.fps:.2f} s, which episode {i} of "
-            f"{self.source} needs; copy the file again"
+            if str(path) in self._videos:
+                self._videos.pop(str(path)).close()  # whatever state it is in, the next episode starts from a new one
+            raise DamagedEpisode(
+                f"cannot read video {path} (episode {i} of {self.source}): {error}; copy the file again"
+            ) from None
+        raise DamagedEpisode(
+            f"video {path} is cut short: it lacks frames of episode {i} of {self.source}; copy the file again"
         )
 
     def pictures(self, i: int, camera: str, indices: Sequence[int], size: int) -> Tensor:
@@ -871,9 +968,13 @@ class LeRobotReader:
         key = str(path)
         if key not in self._videos:
             if not path.is_file():
-                raise InputError(f"video {path} is absent, listed by {self.source}: copy it, or choose another camera")
-            self._videos[key] = av.open(key)
+                raise DamagedEpisode(
+                    f"video {path} is absent, listed by {self.source}: copy it, or choose another camera"
+                )
+            self._videos[key] = av.open(key, metadata_errors="ignore")
             context = self._videos[key].streams.video[0].codec_context
+            if context is None:
+                raise OSError("its codec is unknown")
             context.thread_type, context.thread_count = "NONE", 1  # the DataLoader's workers are the parallelism
             while len(self._videos) > 8:
                 self._videos.popitem(last=False)[1].close()
@@ -889,9 +990,13 @@ class LeRobotReader:
         return self.__dict__ | {"_videos": OrderedDict(), "_tables": OrderedDict()}  # for workers that are not forked
 
     def preload(self, camera: str, size: int, episodes: Sequence[int]) -> None:
-        """Decodes all frames of `episodes` once into memory, scaled to `size`: for data sets that fit."""
+        """Decodes all frames of `episodes` once into memory, scaled to `size`: for data sets that fit. A damaged one is
+        left to whoever asks for its frames."""
         for i in tqdm(episodes, desc=f"decoding {self.root.name}", unit="episode", mininterval=1, leave=False):
-            self._cache[i, camera, size] = self.pictures(i, camera, range(int(self.lengths[i])), size)
+            try:
+                self._cache[i, camera, size] = self.pictures(i, camera, range(int(self.lengths[i])), size)
+            except DamagedEpisode:
+                pass
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -917,12 +1022,14 @@ class Windows(torch.utils.data.Dataset):
         past the end    the last frame repeats, action_mask = False
 
     Sample i draws from a generator seeded with (seed, i): first the data set by weight, then a frame uniformly. So the
-    stream does not depend on ranks or workers, and continues anywhere. A sample holds
+    stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing can
+    happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
         <view>        uint8 (frames, 3, size, size) for each view
         action        float32 (actions, 44), normalised; grippers 0 .. 1
         action_mask   bool (actions, 44)
         state         float32 (46,), normalised;  state_mask  bool (46,)
         instruction, subtask   str (the phase at t);   index, dataset, window   int
+        damaged       str: what was passed over to find this window, a line each
 
     split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many."""
 
@@ -949,15 +1056,18 @@ class Windows(torch.utils.data.Dataset):
             ids = np.arange(episodes or reader.num_episodes)
             held_out = np.isin(ids, _held_out(reader.num_episodes, val_every))
             ids = {"train": ids[~held_out], "val": ids[held_out], "all": ids}[split]
+            ids = ids[reader.lengths[ids] > 1]
             if not len(ids):
                 raise InputError(
-                    f"{reader.source}: {reader.num_episodes} episodes leave none for the {split} split "
-                    f"(one in {val_every} is held out): give more episodes or --val-every 0"
+                    f"{reader.source}: {reader.num_episodes} episodes, {(reader.lengths < 2).sum()} of them of one "
+                    f"frame, leave none for the {split} split (one in {val_every} is held out): give more episodes or "
+                    f"--val-every 0"
                 )
             self.chosen.append(ids)
-            self.ends.append(np.cumsum(np.maximum(reader.lengths[ids] - 1, 1)))
+            self.ends.append(np.cumsum(reader.lengths[ids] - 1))
         self.weights = np.array(weights or [e[-1] for e in self.ends], np.float64)  # default: every frame counts alike
         self.weights /= self.weights.sum()
+        self.reported: set[str] = set()  # damage that a message has named
         self._episodes: OrderedDict[tuple[int, int], dict] = OrderedDict()
         if preload:
             for reader, ids in zip(self.readers, self.chosen, strict=True):
@@ -973,23 +1083,40 @@ class Windows(torch.utils.data.Dataset):
         return {r.source: r.stats for r in self.readers}
 
     def summary(self) -> str:
+        short = [int((r.lengths < 2).sum()) for r in self.readers]
         rows = [
             f"  {r.source}: {len(ids)} episodes, {e[-1]} windows, {r.fps:g} Hz, stride {s}, weight {w:.3f}"
-            for r, ids, e, s, w in zip(self.readers, self.chosen, self.ends, self.strides, self.weights, strict=True)
+            + (f"; {n} of one frame left out" if n else "")
+            for r, ids, e, s, w, n in zip(
+                self.readers, self.chosen, self.ends, self.strides, self.weights, short, strict=True
+            )
         ]
         return "\n".join(["data:", *rows])
+
+    def longest_instruction(self) -> str:
+        """The instruction with the most letters, to see at the start whether a model's context has room for it."""
+        return max((task for reader in self.readers for task in reader.tasks), key=len, default="")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.draw(index)
 
     def draw(self, index: int, pictures: bool = True) -> dict[str, Any]:
-        """Sample `index` of the stream, on request without its pictures."""
-        rng = np.random.default_rng([self.seed, index])
-        d = int(rng.choice(len(self.readers), p=self.weights))
-        return self.window(d, int(rng.integers(self.ends[d][-1])), pictures) | {"index": index}
+        """Sample `index` of the stream, on request without its pictures. Where it falls on a damaged episode, another
+        window is drawn, as (seed, index, attempt) decides. Raises InputError after 100 attempts."""
+        damaged: list[str] = []
+        while len(damaged) < 100:
+            rng = np.random.default_rng([self.seed, index, len(damaged)])
+            d = int(rng.choice(len(self.readers), p=self.weights))
+            try:
+                sample = self.window(d, int(rng.integers(self.ends[d][-1])), pictures)
+                return sample | {"index": index, "damaged": "\n".join(damaged)}
+            except DamagedEpisode as error:
+                damaged.append(" ".join(str(error).split()))
+        raise InputError(f"100 draws in a row fell on damaged episodes, the last: {damaged[-1]}")
 
     def window(self, d: int, k: int, pictures: bool = True) -> dict[str, Any]:
-        """The k-th window of data set d, on request without its pictures, which are the slow part."""
+        """The k-th window of data set d, on request without its pictures, which are the slow part. Raises
+        DamagedEpisode."""
         reader, stride = self.readers[d], self.strides[d]
         at = int(np.searchsorted(self.ends[d], k, side="right"))
         i, t = int(self.chosen[d][at]), int(k - (self.ends[d][at - 1] if at else 0))
@@ -1037,10 +1164,17 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def stream(
-    windows: Windows, batch: int, start: int, process: Process, accumulate: int, workers: int
-) -> Iterator[list[dict]]:
+    windows: Windows, batch: int, start: int, process: Process, accumulate: int, workers: int,
+    tally: dict[str, int] | None = None, max_bad: float = 0.01,
+) -> Iterator[list[dict]]:  # fmt: skip
     """Endless training steps from step `start` on: each a list of `accumulate` micro-batches of `batch` samples for
-    this rank. Step s takes samples s * (world * accumulate * batch) onwards, whoever computes them."""
+    this rank. Step s takes samples s * (world * accumulate * batch) onwards, whoever computes them. A collective: every
+    rank must draw its step.
+
+    What the global batch passed over is counted in tally["bad"], and each kind of damage reported once. Raises
+    InputError on all ranks when that is more than a share `max_bad` of all samples since step 0, or of the first 1000
+    (our choice: else one early find would stop a run)."""
+    tally = {"bad": 0} if tally is None else tally
 
     def numbers() -> Iterator[list[int]]:
         k = start * accumulate
@@ -1056,9 +1190,44 @@ def stream(
         prefetch_factor=4 if workers else None, pin_memory=process.device.type == "cuda",
         generator=torch.Generator(),  # its own, so that making a loader leaves the global random numbers alone
     )  # fmt: skip
-    batches = iter(loader)
+    batches, drawn = iter(loader), start * accumulate * process.world * batch
     while True:
-        yield [to_device(next(batches), process.device) for _ in range(accumulate)]
+        step = [to_device(next(batches), process.device) for _ in range(accumulate)]
+        drawn += accumulate * process.world * batch
+        damaged = _report(windows, step, process)
+        tally["bad"] += len(damaged)
+        if damaged and tally["bad"] > max_bad * max(drawn, 1000):
+            raise InputError(
+                f"{tally['bad']} of {drawn} samples fell on damaged episodes, which is more than --max-bad {max_bad:g} "
+                f"allows (of 1000 at least); the last: {damaged[-1]}; mend the data, or add --resume and a larger "
+                f"--max-bad"
+            )
+        yield step
+
+
+def _report(windows: Windows, batches: list[dict], process: Process) -> list[str]:
+    """What all ranks passed over to draw these batches; each kind of damage is printed once. A collective."""
+    damaged = process.gather([line for b in batches for text in b["damaged"] for line in text.splitlines()])
+    for line in dict.fromkeys(damaged):
+        if process.main and line not in windows.reported:
+            tqdm.write(f"damaged, another window is drawn: {line}", file=sys.stderr)
+    windows.reported |= set(damaged)
+    return damaged
+
+
+def held_out_batches(windows: Windows, samples: int, batch: int, process: Process) -> Iterator[dict]:
+    """The first `samples` windows of a stream, dealt to the ranks in order, in batches of at most `batch`.
+
+    A sharded model's forward pass is a collective, so that all ranks get equally many batches of the same sizes: where
+    windows run out the last one repeats. It is not counted: `counted` bool (B,), and no valid action."""
+    share = math.ceil(samples / process.world)
+    for first in range(0, share, batch):
+        rows = process.rank * share + np.arange(first, min(first + batch, share))
+        out = collate([windows[min(i, samples - 1)] for i in rows.tolist()])
+        out["counted"] = torch.from_numpy(rows < samples)
+        out["action_mask"] = out["action_mask"] & out["counted"][:, None, None]
+        _report(windows, [out], process)
+        yield to_device(out, process.device)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -1231,21 +1400,31 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
     """Prepares a run folder. Returns it and the checkpoint to resume from, or None.
 
     Raises InputError when the folder already holds a run and --resume was not given, or when the run that is there had
-    other arguments: bit-exact resuming would be a lie. A folder without a checkpoint or a line of log holds nothing
-    that could be lost, and is taken over."""
+    other arguments: bit-exact resuming would be a lie. The number of ranks may change where the global batch stays the
+    same: the run then goes on with the same samples, and to rounding with the same numbers. A folder without a
+    checkpoint or a line of log holds nothing that could be lost, and is taken over."""
     run, kept, now = Path(out), None, json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    now["world"] = process.world
     found = checkpoints(run)
     if found or read_metrics(run):
         if not resume:
             at = found[-1].name if found else "no checkpoint yet"
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")
-        free = {"resume", "out", "workers", "log_every", "save_every", "preload"}
-        then = read_json(run / "args.json")
+        spread = ("batch", "accumulate", "world")  # whose product is the global batch
+        free = {"resume", "out", "workers", "log_every", "save_every", "preload", "max_bad", "replicas", *spread}
+        then = {"world": 1} | read_json(run / "args.json")
+        before, after = (math.prod(a.get(k, 1) for k in spread) for a in (then, now))
+        if before != after:
+            each, rest = divmod(before, process.world)
+            fit = f"--batch and --accumulate with product {each}" if not rest else f"ranks that divide {before}"
+            raise InputError(f"{run} has a global batch of {before} windows (batch x accumulate x ranks), this command "
+                             f"one of {after}: choose {fit}")  # fmt: skip
         changed = {k: (then.get(k), v) for k, v in now.items() if k not in free and then.get(k) != v}
         if changed:
             raise InputError(f"{run} was started with other arguments (then, now): {changed}; choose another --out")
         kept = found[-1] if found else None
-    process.barrier()  # nobody writes before everybody has looked
+    if len(seen := set(process.gather([str(kept)]))) > 1:  # nobody writes before everybody has looked
+        raise InputError(f"the ranks find different checkpoints in {run} ({sorted(seen)}): all nodes must share --out")
     if process.main:
         run.mkdir(parents=True, exist_ok=True)
         for partial in run.glob("checkpoints/*.partial"):
@@ -1278,25 +1457,32 @@ def save_checkpoint(
     process: Process, keep: int = 2,
 ) -> None:  # fmt: skip
     """Writes a checkpoint, whole or not at all, and removes all but the newest `keep`. A step that is already there is
-    left as it is: a resumed run is bit-exact, so it would write the same. Every rank must call it: sharded tensors are
-    gathered on rank 0's CPU."""
+    left as it is: a resumed run is bit-exact, so it would write the same.
+
+    Every rank must call it: sharded tensors are gathered one at a time and moved to the host memory of rank 0, which
+    needs room for the weights (4 bytes a parameter), and after them for the moments (8 bytes)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=process.world > 1 or process.device.type == "cuda")
-    weights = get_model_state_dict(model, options=options)
-    # Only rank 0 gets the gathered state; the others get an empty dictionary.
-    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {}) if optimizer else {}
+    offload = process.world > 1 or process.device.type == "cuda"
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
     final = run / f"checkpoints/step_{step:08d}"
-    if process.main and not final.exists():
-        partial = final.with_name(final.name + ".partial")
+    partial, writes = final.with_name(final.name + ".partial"), process.main and not final.exists()
+    if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         tokenizer.save_pretrained(partial)
-        flat = {f"{name}|{k}": v for name, state in moments.items() for k, v in state.items()}
-        for name, tensors in (("model", weights), ("optimizer", flat)):
-            # Cloned, because safetensors refuses tied weights, which share their memory.
-            copies = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            save_file(copies, partial / f"{name}.safetensors")
+
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        if writes:
+            # On a CPU these are the model's own: cloned, because safetensors refuses tied weights, which share memory.
+            tensors = tensors if offload else {k: v.detach().clone() for k, v in tensors.items()}
+            save_file({k: v.contiguous() for k, v in tensors.items()}, partial / f"{name}.safetensors")
+
+    # Only rank 0 gets the gathered state; the others get an empty dictionary.
+    write("model", get_model_state_dict(model, options=options))
+    moments = get_optimizer_state_dict(model, optimizer, options=options).get("state", {}) if optimizer else {}
+    write("optimizer", {f"{name}|{k}": v for name, state in moments.items() for k, v in state.items()})
+    if writes:
         write_json(partial / "meta.json", meta | {"step": step, "commit": git_commit(), "time": time.time()})
         os.replace(partial, final)
         for old in checkpoints(run)[:-keep]:
@@ -1371,12 +1557,12 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
     """Restores AdamW's moments by parameter name, into a sharded or an unsharded model."""
     from torch.distributed.checkpoint import state_dict as sd
 
-    options = sd.StateDictOptions(full_state_dict=True)
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in _load_tensors(checkpoint / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("|")
         state.setdefault(name, {})[moment] = value
-    groups = sd.get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    groups = sd.get_optimizer_state_dict(model, optimizer)["param_groups"]  # without options: nothing is gathered
+    options = sd.StateDictOptions(full_state_dict=True)
     sd.set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
 

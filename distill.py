@@ -109,6 +109,10 @@ class Args:
     """Decoding processes per GPU. (our choice)"""
     preload: bool = False
     """Decode all frames into memory at the start: for data that fit. (our choice)"""
+    max_bad: float = 0.01
+    """Share of samples that may fall on damaged episodes, and be drawn anew, before the run stops. (our choice)"""
+    replicas: int = 1
+    """Copies of the sharded model: 1 shards it over all GPUs (FSDP), the number of nodes within each (HSDP)."""
     seed: int = 0
     """Seed of the initialisation and the data stream."""
 
@@ -322,21 +326,21 @@ def distill_loss(
 def validate(student: Student, teacher: LAM, windows: Windows, args: Args, process: Process) -> dict[str, float]:
     """Held-out losses, the squared error beside that of always foreseeing the mean Z; the cosine between Zhat and Z,
     beside that of Zhat with the Z of another sample (what a student that foresees nothing in particular would reach);
-    the perplexity of the subtask text."""
+    the perplexity of the subtask text. The ranks share the windows; the values do not depend on how many there are."""
     student.eval()
-    hats, zs, nll, n_words = [], [], 0.0, 0
-    for first in range(0, args.val_samples, args.batch):
-        rows = range(first, min(first + args.batch, args.val_samples))
-        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
+    hats, zs, text = [], [], torch.zeros(2, device=process.device)
+    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
             hat, logits, words = student(batch["first"], batch["instruction"], batch["subtask"])
-        nll += F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum").item()
-        n_words += (words >= 0).sum().item()
+        words = words.masked_fill(~batch["counted"][:, None], -100)
+        nll = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum")
+        text += torch.stack([nll, (words >= 0).sum()])
         hats.append(hat.float())
         zs.append(z.float())
     student.train()
-    hat, z = torch.cat(hats), torch.cat(zs)
+    hat, z = (process.cat(torch.cat(values))[: args.val_samples] for values in (hats, zs))
+    nll, n_words = process.sum(text).tolist()
     _, parts = alignment_loss(hat, z)
     return {
         "val_mse": parts["mse"].item(), "val_kl": parts["kl"].item(),
@@ -362,19 +366,19 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
 
 
 def shard(student: Student, teacher: LAM, process: Process) -> None:
-    """FSDP2 for both: every transformer layer is a unit that is gathered when needed, then the rest."""
+    """FSDP2 or HSDP for both: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    how = common.sharding(process)
     vlm, frozen = student.vlm, teacher.encoder.vlm
     for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers]:
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, **how)
     for layer in [*frozen.vision_tower.encoder.layer, *frozen.language_model.layers]:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(student, mp_policy=policy)
-    fully_shard(teacher.encoder, mp_policy=policy, reshard_after_forward=True)  # no backward pass will need it
+        fully_shard(layer, **how)
+    fully_shard(student, **how)
+    fully_shard(teacher.encoder, **how, reshard_after_forward=True)  # no backward pass will need it
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -392,10 +396,13 @@ def train(args: Args, process: Process) -> None:
     student = build(args, tokens, latent_dim, kept).to(process.device).train()
     windows = make_windows(args, teacher_args, student.image_size, "train")
     held_out = make_windows(args, teacher_args, student.image_size, "val") if args.val_every else windows
-    start = 0
+    blank = torch.zeros(1, 1, 3, student.image_size, student.image_size, dtype=torch.uint8, device=process.device)
+    with torch.no_grad():  # too long an instruction: rather said now than in a week
+        student.prefix(blank, [windows.longest_instruction()])
+    start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
         then = common.load_meta(kept)
-        start = then["step"]
+        start, tally = then["step"], tally | then.get("tally", {})
         if (tuple(then["tokens"]), then["latent_dim"]) != (tokens, latent_dim):
             raise InputError(f"{kept} has {then['tokens']} scene and motion tokens of width {then['latent_dim']}, the "
                              f"teacher at {args.lam} {list(tokens)} of {latent_dim}: give the --lam it learned from")
@@ -420,8 +427,8 @@ def train(args: Args, process: Process) -> None:
     if kept:
         common.load_optimizer(student, optimizer, kept)
     log = common.MetricsLog(run, start, args.steps, process, "distill")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers)
-    skipped = 0
+    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(student, teacher, held_out, args, process))
 
@@ -444,25 +451,17 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if torch.isfinite(norm):
-            optimizer.step()
-            skipped = 0
-        elif (skipped := skipped + 1) == 5:
-            raise InputError(f"five steps in a row with a non-finite gradient, the last at step {step}: lower --lr "
-                             f"({args.lr}) or look at the data, and start from the last checkpoint with --resume")
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(sum(totals.values()))
         log.bar.update()
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
-            values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            values |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **tally}
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(student, teacher, held_out, args, process))
-            common.save_checkpoint(run, done, student, optimizer, meta, tokenizer, process)
+            common.save_checkpoint(run, done, student, optimizer, meta | {"tally": tally}, tokenizer, process)
     log.close()
     if process.main and process.world == 1:
         batch = common.to_device(common.collate([held_out[i] for i in range(4)]), process.device)
@@ -471,7 +470,7 @@ def train(args: Args, process: Process) -> None:
             print(f"subtask written: {written!r}   true: {true!r}")
     if process.main:
         print(f"done: {run}")
-    del student, teacher, optimizer, trained  # before the process group goes (see common.teardown)
+    del student, teacher, optimizer, update, trained  # before the process group goes (see common.teardown)
 
 
 def tokenized(tokenizer: Any, texts: list[str]) -> int:
@@ -483,7 +482,7 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.check_training(args)
     common.at_least(args, lambda_r=0)
-    process = common.setup(args.seed)
+    process = common.setup(args.seed, args.replicas)
     train(args, process)
     common.teardown(process)
 

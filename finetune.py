@@ -116,6 +116,10 @@ class Args:
     """Decoding processes per GPU. (our choice)"""
     preload: bool = False
     """Decode all frames into memory at the start: for data that fit. (our choice)"""
+    max_bad: float = 0.01
+    """Share of samples that may fall on damaged episodes, and be drawn anew, before the run stops. (our choice)"""
+    replicas: int = 1
+    """Copies of the sharded model: 1 shards it over all GPUs (FSDP), the number of nodes within each (HSDP)."""
     seed: int = 0
     """Seed of the initialisation and the data stream."""
 
@@ -296,13 +300,11 @@ def policy_loss(actions: Tensor, target: Tensor, mask: Tensor, counts: Tensor) -
 @torch.no_grad()
 def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Process) -> dict[str, float]:
     """Held-out errors beside that of always predicting the mean action; gripper accuracy; the position error of the
-    commanded step in millimetres, over arms."""
+    commanded step in millimetres, over arms. The ranks share the windows; the values do not depend on how many."""
     model.eval()
     total = torch.zeros(7, device=process.device)
     xyz = [ACTION_NAMES.index(f"{s}_{a}") for s in ("left", "right") for a in "xyz"]
-    for first in range(0, args.val_samples, args.batch):
-        rows = range(first, min(first + args.batch, args.val_samples))
-        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
+    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             actions = model(views(batch, args), batch["state"], batch["instruction"]).float()
         target, mask = batch["action"], batch["action_mask"]
@@ -314,7 +316,7 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
         off = (off * moving).sum() * 1e3
         total += torch.stack([ee, baseline, right.float(), *valid_counts(mask), off, moving.sum()])
     model.train()
-    ee, baseline, right, n, grippers, off, moving = total.tolist()
+    ee, baseline, right, n, grippers, off, moving = process.sum(total).tolist()
     return {"val_ee": ee / max(n, 1), "val_ee_mean": baseline / max(n, 1),
             "val_gripper_accuracy": right / max(grippers, 1), "val_millimetres": off / max(moving, 1)}  # fmt: skip
 
@@ -356,18 +358,18 @@ def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
 
 
 def shard(model: VLA, process: Process) -> None:
-    """FSDP2: every transformer layer is a unit that is gathered when needed, then the rest."""
+    """FSDP2 or HSDP: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    how = common.sharding(process)
     vlm = model.student.vlm
     # The student's last layer stays with the rest: nothing reads its output, which is what FSDP's backward hook waits
     # for, but the expert reads its keys and values.
     for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers[:-1], *model.expert.layers]:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -394,9 +396,13 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
-    start = 0
+    blank = torch.zeros(1, len(args.cameras), 3, size, size, dtype=torch.uint8, device=process.device)
+    with torch.no_grad():  # too long an instruction: rather said now than in a week
+        model.student.prefix(blank, [windows.longest_instruction()])
+    start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
-        start = common.load_meta(kept)["step"]
+        then = common.load_meta(kept)
+        start, tally = then["step"], tally | then.get("tally", {})
         common.check_resume(kept, windows)
         common.load_weights(model, kept)
     tokenizer = model.student.tokenizer
@@ -414,8 +420,8 @@ def train(args: Args, process: Process) -> None:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
     log = common.MetricsLog(run, start, args.steps, process, "finetune")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers)
-    skipped = 0
+    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(model, held_out, mean, args, process))
 
@@ -439,36 +445,28 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if torch.isfinite(norm):
-            optimizer.step()
-            skipped = 0
-        elif (skipped := skipped + 1) == 5:
-            raise InputError(f"five steps in a row with a non-finite gradient, the last at step {step}: lower --lr "
-                             f"({args.lr}) or look at the data, and start from the last checkpoint with --resume")
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(sum(totals.values()))
         log.bar.update()
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
-            values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            values |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **tally}
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(model, held_out, mean, args, process))
-            common.save_checkpoint(run, done, model, optimizer, meta, tokenizer, process)
+            common.save_checkpoint(run, done, model, optimizer, meta | {"tally": tally}, tokenizer, process)
     log.close()
     if process.main:
         print(f"done: {run}")
-    del model, optimizer, trained  # before the process group goes (see common.teardown)
+    del model, optimizer, update, trained  # before the process group goes (see common.teardown)
 
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
-    process = common.setup(args.seed)
+    process = common.setup(args.seed, args.replicas)
     train(args, process)
     common.teardown(process)
 

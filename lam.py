@@ -13,7 +13,8 @@ decoder has to rebuild from them both the last frame, V_{t+k}, and the actions i
 
     python lam.py --tiny                                     a CPU, about a minute, on the data that ships
     python franka.py --small --record 100 --task all --out runs/data/five_tasks && python lam.py --small    laptop, GPU
-    torchrun --nproc-per-node 16 lam.py --data A B C         the paper's run (two nodes: --nnodes 2 --nproc-per-node 8)
+    torchrun --nproc-per-node 16 lam.py --data A B C         the paper's run; on two nodes with one file system:
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 lam.py --replicas 2 --data A B
 
 Reads LeRobot data sets (--data). Writes runs/<preset>/lam/: args.json, metrics.jsonl, checkpoints/step_*/ with the
 encoder and the decoder (the frozen image codec is not copied). `distill.py` reads the encoder from there.
@@ -154,6 +155,10 @@ class Args:
     """Decoding processes per GPU. (our choice)"""
     preload: bool = False
     """Decode all frames into memory at the start: for data that fit. (our choice)"""
+    max_bad: float = 0.01
+    """Share of samples that may fall on damaged episodes, and be drawn anew, before the run stops. (our choice)"""
+    replicas: int = 1
+    """Copies of the sharded model: 1 shards it over all GPUs (FSDP), the number of nodes within each (HSDP)."""
     seed: int = 0
     """Seed of the initialisation, the data stream and the noise."""
 
@@ -581,17 +586,15 @@ HEALTH = ("psnr", "psnr_copy", "right", "frame", "motion", "frame_zero_sce", "mo
 
 
 @torch.no_grad()
-def health(
-    model: LAM, codec, batch: dict, current: Tensor, future: Tensor, counted: Tensor, args: Args
-) -> Tensor:
-    """Sums over a batch, each sample times its `counted` (B,): one for each name in HEALTH, read out at s = 1, where
-    all that is known of V_{t+k} comes from V_t and Z. First dB of the one-step estimate of V_{t+k}, beside V_t left as
-    it is; and gripper commands on the right side. Then squared errors, of that estimate's latents (mean over a sample)
-    and of the actions (summed): with Z as it is, without Z_sce, without Z_mot. Zero where an ablated model has no such
-    thing. Only `model(...)` is called, so a sharded model will do."""
+def health(model: LAM, codec, batch: dict, current: Tensor, future: Tensor, args: Args) -> Tensor:
+    """Sums over the counted samples of a batch, one for each name in HEALTH, read out at s = 1, where all that is
+    known of V_{t+k} comes from V_t and Z. First dB of the one-step estimate of V_{t+k}, beside V_t left as it is; and
+    gripper commands on the right side. Then squared errors, of that estimate's latents (mean over a sample) and of the
+    actions (summed): with Z as it is, without Z_sce, without Z_mot. Zero where an ablated model has no such thing. Only
+    `model(...)` is called, so a sharded model will do."""
     noise = common.noise(current.shape[1:], batch["index"], args.seed, current.device, purpose=2)
     s = torch.ones(len(noise), device=noise.device)
-    mask = batch["action_mask"] * counted[:, None, None]
+    mask, counted = batch["action_mask"], batch["counted"]
     sums = torch.zeros(len(HEALTH), device=noise.device)
     for i, zero in enumerate(("", "scene", "motion") if args.dla else ("",)):
         velocity, actions = model(batch["video"], batch["instruction"], noise, current, s, zero)
@@ -611,24 +614,24 @@ def health(
 @torch.no_grad()
 def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, process: Process) -> dict[str, float]:
     """Held-out losses, the error of the decoded actions beside that of always predicting the mean action, the one-step
-    estimate's PSNR beside that of copying V_t, and how many times larger an error becomes without Z_sce or Z_mot."""
+    estimate's PSNR beside that of copying V_t, and how many times larger an error becomes without Z_sce or Z_mot. The
+    ranks share the windows; their sums, and so the values, do not depend on how many there are."""
     model.eval()
     total = torch.zeros(4 + len(HEALTH), device=process.device)
-    for first in range(0, args.val_samples, args.batch):
-        rows = range(first, min(first + args.batch, args.val_samples))
-        batch = common.to_device(common.collate([windows[i] for i in rows]), process.device)
+    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
+        target, mask = batch["action"], batch["action_mask"]
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
             noisy, s, velocity = flow(future, batch["index"], args.seed)
             predicted, _ = model(batch["video"], batch["instruction"], noisy, current, s)
-            total[0] += F.mse_loss(predicted.float(), velocity) * len(rows)
-            total[4:] += health(model, codec, batch, current, future, torch.ones_like(s), args)
-        target, mask = batch["action"], batch["action_mask"]
+            error = (predicted.float() - velocity).square().mean((1, 2, 3))
+            total[0] += (error * batch["counted"]).sum()
+            total[4:] += health(model, codec, batch, current, future, args)
         total[1] += action_terms(mean.to(target).expand_as(target), target, mask)[0]
         total[2:4] += valid_counts(mask)
     model.train()
-    frame, baseline, n, grippers = total[:4].tolist()
-    h = dict(zip(HEALTH, total[4:].tolist(), strict=True))
+    frame, baseline, n, grippers, *sums = process.sum(total).tolist()
+    h = dict(zip(HEALTH, sums, strict=True))
     values = {"val_frame": frame / args.val_samples}
     values |= {f"val_{k}": h[k] / args.val_samples for k in ("psnr", "psnr_copy")}
     if args.uad:
@@ -654,19 +657,19 @@ def make_windows(args: Args, split: str) -> Windows:
 
 
 def shard(model: LAM, process: Process) -> None:
-    """FSDP2: every transformer layer is a unit that is gathered when needed, then the rest."""
+    """FSDP2 or HSDP: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
         return
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import fully_shard
 
-    policy = MixedPrecisionPolicy(param_dtype=process.dtype, reduce_dtype=torch.float32)
+    how = common.sharding(process)
     vlm, decoder = model.encoder.vlm, model.decoder
     for layers in (vlm.vision_tower.encoder.layer, vlm.language_model.layers, decoder.sana.transformer_blocks,
                    decoder.motion, decoder.to_scene):  # fmt: skip
         for layer in layers:
-            fully_shard(layer, mp_policy=policy)
+            fully_shard(layer, **how)
     # The root keeps its inputs as they are: a noise level s in bfloat16 would have three digits.
-    fully_shard(model, mp_policy=replace(policy, cast_forward_inputs=False))
+    fully_shard(model, mesh=how["mesh"], mp_policy=replace(how["mp_policy"], cast_forward_inputs=False))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -679,9 +682,11 @@ def train(args: Args, process: Process) -> None:
     windows = make_windows(args, "train")
     held_out = make_windows(args, "val") if args.val_every else windows
     model = build(args, kept).to(process.device).train()
-    start = 0
+    model.encoder.tokenize([windows.longest_instruction()], args.frames)  # too long: rather said now than in a week
+    start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
-        start = common.load_meta(kept)["step"]
+        then = common.load_meta(kept)
+        start, tally = then["step"], tally | then.get("tally", {})
         common.check_resume(kept, windows)
         common.load_weights(model, kept)
     codec = load_codec(args.decoder, model.decoder.config.in_channels, process)
@@ -699,8 +704,8 @@ def train(args: Args, process: Process) -> None:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
     log = common.MetricsLog(run, start, args.steps, process, "lam")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers)
-    skipped = 0
+    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(model, codec, held_out, mean, args, process))
 
@@ -724,29 +729,21 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(trained, args.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if torch.isfinite(norm):
-            optimizer.step()
-            skipped = 0
-        elif (skipped := skipped + 1) == 5:
-            raise InputError(f"five steps in a row with a non-finite gradient, the last at step {step}: lower --lr "
-                             f"({args.lr}) or look at the data, and start from the last checkpoint with --resume")
-        optimizer.zero_grad(set_to_none=True)
+        norm = update(sum(totals.values()))
         log.bar.update()
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
-            values |= {"grad_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            values |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **tally}
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(model, codec, held_out, mean, args, process))
-            common.save_checkpoint(run, done, model, optimizer, meta, tokenizer, process)
+            common.save_checkpoint(run, done, model, optimizer, meta | {"tally": tally}, tokenizer, process)
     log.close()
     if process.main:
         print(f"done: {run}")
-    del model, optimizer, trained  # before the process group goes (see common.teardown)
+    del model, optimizer, update, trained  # before the process group goes (see common.teardown)
 
 
 def count(module: nn.Module, trained: bool = False) -> float:
@@ -759,7 +756,7 @@ def main() -> None:
     common.check_training(args)
     common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
     common.at_least(args, lambda_a=0, hz=1e-3)
-    process = common.setup(args.seed, args.cpu_bf16)
+    process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,11 @@ PREVIOUS = {"lam": None, "distill": ("--lam", "lam"), "finetune": ("--init", "di
 COMMON = ("--tiny", "--val-every", 4, "--val-samples", 4, "--log-every", 1, "--warmup", 2)
 
 
-def make_data(root: Path, episodes: int = 8, length: int = 14, size: int = 64) -> Path:
+def make_data(root: Path, episodes: int = 8, length: int = 14, size: int = 64, per_file: int = 50) -> Path:
     """A red square that moves to a blue one and lets go, seen by two cameras; the actions are its motion."""
     rng = np.random.default_rng(0)
-    with common.LeRobotWriter(root, cameras={"primary": (size, size), "wrist": (size, size)}) as writer:
+    cameras = {"primary": (size, size), "wrist": (size, size)}
+    with common.LeRobotWriter(root, cameras=cameras, episodes_per_file=per_file) as writer:
         for e in range(episodes):
             n = length + e % 3
             position, goal = rng.uniform(12, size - 12, 2), rng.uniform(12, size - 12, 2)
@@ -113,20 +115,45 @@ def forked(*args: object, before: Callable[[], None] | None = None, code: int | 
     return status, text
 
 
-def forked_ranks(*args: object, ranks: int = 2) -> None:
-    """The same script as several ranks, as torchrun would start them."""
+def forked_ranks(*args: object, ranks: int = 2, before: Callable[[], None] | None = None, code: int = 0) -> str:
+    """The same script as several ranks, as torchrun would start them. Returns all that they printed."""
     env = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 10_000)}
     with tempfile.TemporaryFile("w+") as log:
-        pids = [start(*args, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, log=log) for r in range(ranks)]
+        each = [env | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        pids = [start(*args, env=e, before=before, log=log) for e in each]
         codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
         log.seek(0)
-        assert codes == [0] * ranks, f"exit {codes}: {log.read()[-4000:]}"
+        text = log.read()
+    assert codes == [code] * ranks, f"exit {codes}: {text[-4000:]}"
+    return text
 
 
 def metrics(run_folder: Path) -> list[dict]:
     """The log of a run without what may differ between two equal runs: times."""
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("seconds", "wait")} for line in lines]
+
+
+def weights(run_folder: Path, step: int = 8) -> bytes:
+    return (run_folder / f"checkpoints/step_{step:08d}/model.safetensors").read_bytes()
+
+
+def rewind(source: Path, target: Path, step: int = 4, **changes) -> None:
+    """A copy of a run as a kill after the checkpoint of `step` left it: some lines of the log are already past it."""
+    shutil.copytree(source, target)
+    for found in common.checkpoints(target):
+        if int(found.name[5:]) > step:
+            shutil.rmtree(found)
+    args = json.loads((target / "args.json").read_text()) | {"out": str(target)} | changes
+    common.write_json(target / "args.json", args)
+
+
+def refused(words: list[object], *says: str) -> None:
+    """The command ends with one line `error: ...` that says so, exit code 2, and no traceback."""
+    _, text = forked(*words, code=2)
+    assert "Traceback" not in text
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and all(w in lines[0] for w in says), text
 
 
 def stage_command(stage: str, world: Path, out: Path, *more: object) -> list[object]:

@@ -286,6 +286,71 @@ def test_resuming_is_bit_exact(tmp_path, process, tokenizer):
         assert torch.equal(a, b), name
 
 
+def test_a_step_that_is_not_finite_changes_nothing(process):
+    """Parameters and moments stay, bit for bit, whether loss or gradient is at fault; the fifth in a row stops."""
+    model, optimizer = make_model()
+    train(model, optimizer, 0, 2)
+    tally = {"skipped": 0}
+    update = common.Updates(optimizer, 1.0, process, tally)
+
+    def state():
+        return [t.clone() for t in model.parameters()] + [
+            v.clone() for s in optimizer.state.values() for v in s.values()
+        ]
+
+    def step(times: float, add: float) -> None:
+        loss = model(torch.ones(4, 4)).square().sum() * times + add
+        loss.backward()
+        update(loss.detach())
+
+    before = state()
+    step(math.nan, 0)
+    step(1, math.inf)  # an infinite loss whose gradient is finite
+    step(math.inf, 0)
+    assert tally["skipped"] == 3 and all(map(torch.equal, before, state()))
+    assert all(p.grad is None for p in model.parameters())
+    step(1, 0)
+    assert tally["skipped"] == 3 and not any(map(torch.equal, before, state()))
+    with pytest.raises(InputError, match="5 steps in a row .*--lr.*--resume"):
+        for _ in range(5):
+            step(math.nan, 0)
+    assert tally["skipped"] == 8
+
+
+def test_the_gradient_is_clipped_to_its_global_norm(process):
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    update = common.Updates(torch.optim.SGD(model.parameters(), lr=1.0), 0.5, process, {"skipped": 0})
+    loss = model(torch.tensor([[0.0, 3.0, 4.0]])).sum()
+    loss.backward()
+    assert update(loss.detach()) == pytest.approx(5)  # before clipping
+    torch.testing.assert_close(model.weight.data, torch.tensor([[0.0, -0.3, -0.4]]))
+
+
+def test_ranks_may_change_where_the_global_batch_does_not(tmp_path, process, tokenizer):
+    @dataclasses.dataclass
+    class Batched(Args):
+        batch: int = 8
+        accumulate: int = 1
+
+    out, two = str(tmp_path / "run"), dataclasses.replace(process, world=2)
+    two.barrier, two.gather = lambda: None, lambda values: values
+    common.open_run(out, Batched(), two, resume=False)
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0}\n')
+    for args, ranks in ((Batched(), two), (Batched(batch=16), process), (Batched(batch=4, accumulate=4), process)):
+        common.open_run(out, args, ranks, resume=True)
+    with pytest.raises(InputError, match="global batch of 16 .*one of 8: choose .* with product 16"):
+        common.open_run(out, Batched(), process, resume=True)
+    two.gather = lambda values: [*values, "None"]  # the other rank sees no checkpoint
+    model, optimizer = make_model()
+    save(tmp_path / "run", 5, model, optimizer, process, tokenizer)
+    with pytest.raises(InputError, match="different checkpoints .*all nodes must share --out"):
+        common.open_run(out, Batched(), two, resume=True)
+    three = dataclasses.replace(two, world=3)
+    with pytest.raises(InputError, match="one of 24: choose ranks that divide 16"):
+        common.open_run(out, Batched(), three, resume=True)
+
+
 def test_checkpoint_contents_and_keep(tmp_path, process, tokenizer):
     model, optimizer = make_model()
     train(model, optimizer, 0, 1)

@@ -1,6 +1,7 @@
 """The data path: LeRobot writer and reader, windows and the stream, the RLDS converter, mappings and statistics."""
 
 import io
+import itertools
 import json
 import re
 import shutil
@@ -280,7 +281,7 @@ def test_absent_and_cut_short_videos(copy):
     video.close()
     reader = LeRobotReader(copy)
     assert reader.frames(0, "primary", [9]).shape == (1, 32, 32, 3)
-    with pytest.raises(InputError, match=r"cut short: it has no frame at 1.00 s, which episode 0"):
+    with pytest.raises(InputError, match=f"cut short: it lacks frames of episode 0 of {copy}"):
         reader.frames(0, "primary", range(18))
     path.write_bytes(b"")
     with pytest.raises(InputError, match="cannot read video"):
@@ -296,7 +297,8 @@ def test_errors_leave_a_worker_as_one_line(copy, process, capsys):
     with pytest.raises(SystemExit) as stop:
         common.run_main(main)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: video ") and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("error: 100 draws in a row") and error.count("\n") == 1
+    assert "is absent" in error
 
 
 def test_windows_refuse(dataset, tmp_path):
@@ -308,6 +310,121 @@ def test_windows_refuse(dataset, tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=text):
             make(**options)
+
+
+def test_a_broken_picture_is_never_made_up(copy, episodes):
+    """Bytes overwritten anywhere in a video: its frames come out as they were, or the episode counts as damaged."""
+    path = copy / "videos/observation.images.primary/chunk-000/file-000.mp4"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    wanted = [LeRobotReader(copy).frames(i, "primary", range(18 + i)) for i in range(4)]
+    damaged = 0
+    for trial in range(12):
+        broken, n = bytearray(whole), (1, 5, 50, 200)[trial % 4]
+        at = rng.integers(len(whole) - n)
+        broken[at : at + n] = rng.bytes(n)
+        path.write_bytes(broken)
+        reader = LeRobotReader(copy)
+        for i, want in enumerate(wanted):
+            try:
+                got = reader.frames(i, "primary", range(18 + i))
+                assert np.abs(got.astype(int) - want).mean((1, 2, 3)).max() < 3, (trial, i)
+            except common.DamagedEpisode as error:
+                assert str(path) in str(error) and f"episode {i} of {copy}" in str(error)
+                damaged += 1
+    assert 6 < damaged < 36
+
+
+def test_frames_of_another_resolution_than_listed(copy):
+    rewrite(copy / "meta/info.json", lambda i: i["features"]["observation.images.primary"].update(shape=[32, 48, 3]))
+    with pytest.raises(common.DamagedEpisode, match="has 32 x 32 pixels .*says 32 x 48"):
+        LeRobotReader(copy).frames(0, "primary", [0])
+
+
+def test_episodes_of_one_frame_are_left_out(copy):
+    path = copy / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    pq.write_table(pa.Table.from_pylist([r | {"length": 1} if r["episode_index"] < 2 else r for r in rows]), path)
+    windows = Windows([copy], VIEWS, 3, 10, 0)
+    assert windows.chosen[0].tolist() == list(range(2, 10)) and len(windows) == sum(17 + i for i in range(2, 10))
+    assert "8 episodes" in windows.summary() and "2 of one frame left out" in windows.summary()
+    pq.write_table(pa.Table.from_pylist([r | {"length": 1} for r in rows]), path)
+    with pytest.raises(InputError, match="10 of them of one frame, leave none"):
+        Windows([copy], VIEWS, 3, 10, 0)
+
+
+# -- damaged episodes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(copy) -> Path:
+    """The first file's video is cut short, so episodes 0 to 3 cannot be decoded; episode 4 has a NaN."""
+    path = copy / "videos/observation.images.primary/chunk-000/file-000.mp4"
+    path.write_bytes(path.read_bytes()[:1000])
+    path = copy / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(path)
+    values = np.array(table["action"].to_pylist(), np.float32)
+    values[5, 0] = np.nan
+    changed = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 7)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", changed), path)
+    return copy
+
+
+@pytest.mark.parametrize("preload", [False, True])
+@pytest.mark.parametrize("workers,world", [(0, 1), (2, 2)])
+def test_damaged_episodes_are_drawn_around(dataset, damaged, process, workers, world, preload):
+    """Samples that miss the damage are those of the intact set; the others are windows of sound episodes, named and
+    counted, and the same for any number of ranks and workers."""
+    whole, plain = (Windows([d], VIEWS, 3, 10, 7) for d in (dataset, damaged))
+    first_sound = whole.ends[0][4]  # of the windows, in order of episodes
+    tally, indices = {"bad": 0}, []
+    for rank in range(world):
+        windows = Windows([damaged], VIEWS, 3, 10, 7, preload=preload)
+        here = Alone(rank, world, process.device, process.dtype)
+        for batch in next(common.stream(windows, 8 // world, 0, here, 2, workers, tally, max_bad=1)):
+            for row, index in enumerate(batch["index"].tolist()):
+                indices.append(index)
+                intended, got = whole[index], {k: v[row] for k, v in batch.items()}
+                assert got["window"] >= first_sound
+                assert same(plain[index], got)
+                if intended["window"] >= first_sound:
+                    assert same(intended, got) and not got["damaged"]
+                else:
+                    assert all("file-000.mp4" in s or "in episode 4" in s for s in got["damaged"].split("\n"))
+    assert sorted(indices) == list(range(16))
+    assert tally["bad"] == sum(len(plain[i]["damaged"].splitlines()) for i in range(16)) > 3
+
+
+def test_too_much_damage_stops_the_run(damaged, process, capsys):
+    """About half of all draws fail: ten are few enough of the first 1000 samples, eleven are not; each damage is
+    reported once. A resumed run goes on counting."""
+    make = lambda **kw: common.stream(Windows([damaged], VIEWS, 3, 10, 7), 2, kw.pop("start", 0), process, 1, 0, **kw)
+    tally = {"bad": 0}
+    with pytest.raises(InputError, match=r"1\d of \d+ samples fell on damaged.*--max-bad 0.01.*--resume"):
+        for _ in make(tally=tally):
+            assert tally["bad"] <= 10
+    report = capsys.readouterr().err.splitlines()
+    assert 2 <= len(report) <= 5 and len(set(report)) == len(report) and str(damaged) in report[0]
+    with pytest.raises(InputError, match="of . samples .*--max-bad 0 allows"):
+        list(itertools.islice(make(max_bad=0), 20))
+    with pytest.raises(InputError, match="1. of . samples|1. of 1. samples"):
+        list(itertools.islice(make(start=1, tally={"bad": 10}), 5))
+
+
+def test_held_out_batches_are_dealt_to_the_ranks(dataset, process):
+    """Seven windows to one, two and three ranks: every one counted once, and equally many batches of equal sizes."""
+    windows = Windows([dataset], VIEWS, 3, 10, 0)
+    for world in (1, 2, 3):
+        shapes, counted = set(), []
+        for rank in range(world):
+            here = Alone(rank, world, process.device, process.dtype)
+            batches = list(common.held_out_batches(windows, 7, 2, here))
+            shapes.add(tuple(len(b["index"]) for b in batches))
+            for b in batches:
+                counted += b["index"][b["counted"]].tolist()
+                assert not b["action_mask"][~b["counted"]].any()
+                for index, mask in zip(b["index"][b["counted"]].tolist(), b["action_mask"][b["counted"]], strict=True):
+                    assert torch.equal(mask, windows[index]["action_mask"])
+        assert len(shapes) == 1 and counted == list(range(7)), (shapes, counted)
 
 
 # -- windows and the stream ---------------------------------------------------------------------------------------
@@ -362,6 +479,13 @@ def test_preloaded_samples_are_the_same(dataset):
     assert all(same(lazy[i], eager[i]) for i in range(20))
 
 
+class Alone(common.Process):
+    """One rank of several, of which the others are not there."""
+
+    def gather(self, values: list) -> list:
+        return values
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_samples_depend_on_nothing_but_seed_and_number(dataset, workers, world, process):
@@ -369,7 +493,7 @@ def test_samples_depend_on_nothing_but_seed_and_number(dataset, workers, world, 
     wanted = Windows([dataset], VIEWS, 3, 10, seed=7)
     for start in (0, 3):
         for rank in range(world):
-            here = common.Process(rank, world, process.device, process.dtype)
+            here = Alone(rank, world, process.device, process.dtype)
             steps = common.stream(Windows([dataset], VIEWS, 3, 10, seed=7), 2 // world, start, here, 2, workers)
             for step in range(start, start + 2):
                 for part, batch in enumerate(next(steps)):

@@ -276,10 +276,11 @@ def test_health_in_closed_form():
     batch = {"video": video, "instruction": ["x"] * 4, "action": action, "action_mask": mask, "index": torch.arange(4)}
     codec = lam.PixelCodec()
     current, future = codec.encode(video[:, 0]), codec.encode(video[:, -1])
-    counted = torch.tensor([1.0, 1, 0, 1])
-    health = lambda counted: lam.health(Stub(future, action - 0.5), codec, batch, current, future, counted, lam.TINY)
-    assert health(counted)[3:5].tolist() == pytest.approx([3 * 0.25, 24 * 0.25])  # one that does not count is left out
-    h = dict(zip(lam.HEALTH, health(torch.ones(4)).tolist(), strict=True))
+    health = lambda: lam.health(Stub(future, action - 0.5), codec, batch, current, future, lam.TINY)
+    batch["counted"] = torch.tensor([True, True, True, False])
+    assert health()[3].item() == pytest.approx(3 * 0.25)  # one that does not count is left out
+    batch["counted"] = torch.ones(4, dtype=torch.bool)
+    h = dict(zip(lam.HEALTH, health().tolist(), strict=True))
     assert h["frame"] == pytest.approx(4 * 0.25) and h["frame_zero_sce"] == pytest.approx(4 * 4)
     assert h["frame_zero_mot"] == h["frame"] and h["motion_zero_sce"] == h["motion"]
     assert h["motion"] == pytest.approx(36 * 0.25) and h["motion_zero_mot"] == pytest.approx(36 * 6.25)

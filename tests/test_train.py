@@ -1,5 +1,5 @@
-"""The training stages as a user runs them: they learn, two ranks equal one, a kill at any moment loses nothing that was
-saved, wrong commands are refused, and importing them does nothing."""
+"""The training stages as a user runs them: they learn, a kill at any moment loses nothing that was saved, wrong
+commands are refused, and importing them does nothing. For several ranks see test_distributed.py."""
 
 import ast
 import importlib
@@ -13,18 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers_lam import ROOT, STAGES, environment, forked, forked_ranks, metrics, run, stage_command, start
+from helpers_lam import ROOT, STAGES, environment, forked, metrics, refused, rewind, stage_command, start, weights
 
 import common
-
-
-def weights(run_folder: Path, step: int = 8) -> bytes:
-    return (run_folder / f"checkpoints/step_{step:08d}/model.safetensors").read_bytes()
-
-
-def losses(lines: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "lr"} for line in lines]
-
 
 # -- learning ----------------------------------------------------------------------------------------------------------
 
@@ -53,59 +44,6 @@ def test_run_folder(stage, world):
     meta = common.load_meta(found[-1])
     assert meta["stage"] == stage and meta["step"] == 8 and meta["args"]["batch"] == 4 and meta["commit"]
     assert any("q01" in s["action"] for s in meta["statistics"].values())
-
-
-# -- two ranks ---------------------------------------------------------------------------------------------------------
-
-
-def same_losses(one: list[dict], two: list[dict], rtol: float) -> float:
-    """The largest relative difference of any logged loss; fails above `rtol`."""
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    worst = 0.0
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            if isinstance(a[key], float) and abs(a[key]) > 1e-3:
-                worst = max(worst, abs(a[key] - b[key]) / abs(a[key]))
-                assert abs(a[key] - b[key]) <= rtol * abs(a[key]), (a["step"], key, a[key], b[key])
-    return worst
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_equal_one(stage, world, tmp_path):
-    """The global batch of 4 as 1 x 4, and sharded over two ranks as 2 ranks x 1 window x 2 micro-steps. Windows near an
-    episode's end have fewer valid actions, so that ranks and micro-steps differ in how much they hold."""
-    more = ["--steps", 4, "--lr", 1e-4]
-    if stage == "lam":
-        more += ["--freeze-vision", "--checkpointing"]
-    forked(*stage_command(stage, world, tmp_path / "one", *more))
-    run(*stage_command(stage, world, tmp_path / "two", *more, "--batch", 1, "--accumulate", 2), ranks=2)
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    print(stage, "largest relative difference", same_losses(losses(one), losses(two), 1e-5))
-
-
-def test_sharded_runs_resume_on_other_numbers_of_ranks(world, tmp_path):
-    """Two ranks go on bit for bit from their own checkpoint; one rank goes on from it, and two from one's, to 1e-5."""
-    two, one = ("--batch", 2), ("--batch", 4)
-    forked_ranks(*stage_command("lam", world, tmp_path / "two", *two))
-    forked(*stage_command("lam", world, tmp_path / "one", *one))
-    for source, more, name in (("two", two, "two on two"), ("two", one, "one on two"), ("one", two, "two on one")):
-        folder = tmp_path / name
-        rewind(tmp_path / source, folder, batch=more[1])
-        go = forked if more == one else forked_ranks
-        go(*stage_command("lam", world, folder, *more, "--resume"))
-        same_losses(losses(metrics(tmp_path / source)), losses(metrics(folder)), 1e-5)
-    assert metrics(tmp_path / "two on two") == metrics(tmp_path / "two")
-    assert weights(tmp_path / "two on two") == weights(tmp_path / "two")
-
-
-def rewind(source: Path, target: Path, step: int = 4, **changes) -> None:
-    """A copy of a run as a kill after the checkpoint of `step` left it: some lines of the log are already past it."""
-    shutil.copytree(source, target)
-    for found in common.checkpoints(target):
-        if int(found.name[5:]) > step:
-            shutil.rmtree(found)
-    args = json.loads((target / "args.json").read_text()) | {"out": str(target)} | changes
-    common.write_json(target / "args.json", args)
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------
@@ -173,14 +111,6 @@ def test_killed_while_training(stage, lines, world, tmp_path):
 
 
 # -- wrong commands ----------------------------------------------------------------------------------------------------
-
-
-def refused(words: list[object], *says: str) -> None:
-    """The command ends with one line `error: ...` that says so, exit code 2, and no traceback."""
-    _, text = forked(*words, code=2)
-    assert "Traceback" not in text
-    lines = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and all(w in lines[0] for w in says), text
 
 
 @pytest.mark.parametrize("stage", STAGES)
