@@ -454,7 +454,10 @@ def assemble(args: Args, vlm: nn.Module, tokenizer: Any, sana: SanaTransformer2D
         raise InputError(f"--image-size {args.image_size}, but {args.encoder} takes {side} pixels")
     encoder.vlm.vision_tower.requires_grad_(not args.freeze_vision)
     if args.checkpointing:
-        encoder.vlm.activation_checkpointing_enable()
+        # Not the whole of it: a frozen vision encoder would keep its layers' inputs and be run backwards, for nothing.
+        encoder.vlm.language_model.activation_checkpointing_enable()
+        if not args.freeze_vision:
+            encoder.vlm.vision_tower.activation_checkpointing_enable()
     return LAM(encoder, Decoder(sana, args), args.dla)
 
 
