@@ -88,7 +88,19 @@ def test_a_traced_step_is_a_real_step(checkpointing):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_flops_and_bytes_of_a_layer_in_closed_form():
+def test_checkpointing_leaves_a_frozen_vision_encoder_alone():
+    """What is recomputed is at most the forward pass of what is trained."""
+    stage = plan.plan_lam(replace(lam.TINY, batch=2, frames=3, freeze_vision=True))
+    costs = []
+    for checkpointing in (False, True):
+        with torch.device("meta"):
+            model = stage.build(checkpointing)
+        costs.append(plan.trace(model, lambda m=model: stage.step(m), False, prefixes=stage.parts))
+    forward = costs[0].parts
+    assert 0 < costs[1].flops - costs[0].flops <= sum(forward.values()) - forward["vision encoder"]
+
+
+def test_flops_of_a_layer_in_closed_form():
     """A linear layer, a depthwise convolution, attention: 2 operations a multiply-add, twice that going back."""
 
     class Layer(nn.Module):
