@@ -1303,10 +1303,11 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
     """A vision-language model and its tokenizer: `(model, tokenizer)`.
 
     source: a size of VLM_SIZES ("internvl-tiny": random weights, our tokenizer), or a local folder or hub name in
-    Hugging Face's layout (InternVL or PaliGemma, pretrained weights). With `config` and `tokenizer_dir`, both from a
-    checkpoint of ours, the same architecture is built without weights, to be filled by the caller.
+    Hugging Face's layout (InternVL or PaliGemma, pretrained weights in one safetensors file or in shards). With
+    `config` and `tokenizer_dir`, both from a checkpoint of ours, the same architecture is built without weights, to be
+    filled by the caller.
 
-    Raises InputError when the source is neither, or of another family."""
+    Raises InputError when the source is neither, of another family, damaged, or not a perfect fit."""
     import transformers as tf
 
     tf.logging.set_verbosity_error()
@@ -1347,18 +1348,82 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
         family = tf.AutoConfig.from_pretrained(source).model_type
         if family not in classes:
             raise InputError(f"{source} is a {family!r} model; this stage needs one of {sorted(classes)}")
-        model, report = classes[family].from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-        wrong = {k: sorted(map(str, v))[:5] for k, v in report.items() if v and k.endswith("_keys")}
-        if wrong:
-            raise InputError(f"{source} does not fit the {family} architecture: {wrong}; download it again")
+        options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, report = classes[family].from_pretrained(source, **options)
+        check_loading(report, source)
         return model, tf.AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(
             f"no vision-language model at {source!r}: give a local folder, a reachable hub name, or a size "
             f"of {sorted(VLM_SIZES)} ({str(error).splitlines()[0]})"
         ) from None
+
+
+# What Hugging Face's libraries raise for weights that are absent (a shard, too), unreachable or damaged.
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+
+
+def check_loading(report: dict[str, Any], source: str) -> None:
+    """Raises InputError naming the tensors by which published weights differ from what their config.json describes.
+
+    report: what transformers' `from_pretrained` returns with `output_loading_info`; by itself it only warns, and a run
+    would start from half a model."""
+    missing, extra = (sorted(report.get(f"{k}_keys") or ()) for k in ("missing", "unexpected"))
+    shapes = {k: (tuple(there), tuple(here)) for k, there, here in sorted(report.get("mismatched_keys") or ())}
+    _check_fit(source, missing, extra, shapes)
+
+
+def _check_fit(source: str, missing: list[str], extra: list[str], shapes: dict[str, tuple]) -> None:
+    if missing or extra or shapes:
+        some = {k: shapes[k] for k in list(shapes)[:5]}
+        raise InputError(
+            f"{source} does not fit this model: {len(missing)} tensors missing {missing[:5]}, {len(extra)} left over "
+            f"{extra[:5]}, {len(shapes)} of another shape (there, here) {some}; use a checkpoint of this size and stage"
+        )
+
+
+def published_tensors(source: str, subfolder: str, name: str = "diffusion_pytorch_model") -> dict[str, Tensor]:
+    """All tensors of published weights: NAME.safetensors, or the shards that NAME.safetensors.index.json lists, from a
+    local folder or a hub repository (also its cache, without a connection).
+
+    diffusers' own loader believes the index: a tensor that a shard lacks would stay random."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(source)
+    if not folder.is_dir():
+        wanted = [f"{subfolder}/{name}{end}" for end in (".safetensors", ".safetensors.index.json", "-*.safetensors")]
+        folder = Path(snapshot_download(source, allow_patterns=wanted))
+    folder = folder / subfolder
+    index = folder / f"{name}.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {f"{name}.safetensors"}
+    return {k: v for file in sorted(files) for k, v in load_file(folder / file).items()}
+
+
+def report_loading(model: nn.Module, sources: dict[str, nn.Module]) -> str:
+    """What of each pretrained source is in `model`, what of it is left over, and what in `model` is new (random, or
+    zero by design): number of tensors, parameters, and the names. Several ranks print it once.
+
+    sources: {where it came from: the model as it was loaded, whose parameters `model` took over}"""
+
+    def tell(named: list[tuple[str, Tensor]]) -> str:
+        groups = list(dict.fromkeys(".".join(name.split(".")[:2]) for name, _ in named))  # encoder.head, not its parts
+        names = f" ({', '.join(groups)})" if 0 < len(groups) <= 12 else ""
+        return f"{len(named)} tensors, {sum(p.numel() for _, p in named) / 1e6:.1f} M parameters{names}"
+
+    own, known, lines = {id(p) for p in model.parameters()}, set(), []
+    for source, loaded in sources.items():
+        named = list(loaded.named_parameters())  # a tied tensor once
+        taken, left = [x for x in named if id(x[1]) in own], [x for x in named if id(x[1]) not in own]
+        known |= {id(p) for _, p in named}
+        size = f"{len(taken)} tensors, {sum(p.numel() for _, p in taken) / 1e6:.1f} M parameters"
+        lines.append(f"{source}: loaded {size}; left over {tell(left)}")
+    lines.append(f"new: {tell([x for x in model.named_parameters() if id(x[1]) not in known])}")
+    text = "\n".join(lines)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text)
+    return text
 
 
 def normalize_pixels(images: Tensor, family: str, dtype: torch.dtype) -> Tensor:
@@ -1544,12 +1609,7 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     both = [k for k in own if k in tensors]
     missing, extra = [k for k in own if k not in tensors], [k for k in tensors if k not in own]
     shapes = {k: (tuple(tensors[k].shape), tuple(own[k].shape)) for k in both if tensors[k].shape != own[k].shape}
-    if missing or extra or shapes:
-        some = {k: shapes[k] for k in list(shapes)[:5]}
-        raise InputError(
-            f"{source} does not fit this model: {len(missing)} tensors missing {missing[:5]}, {len(extra)} left over "
-            f"{extra[:5]}, {len(shapes)} of another shape (there, here) {some}; use a checkpoint of this size and stage"
-        )
+    _check_fit(source, missing, extra, shapes)
     model.load_state_dict(tensors)
 
 

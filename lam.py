@@ -427,37 +427,39 @@ class DeepCodec:
 
 
 def load_part(kind: type, source: str, subfolder: str, dtype: torch.dtype) -> nn.Module:
-    """A pretrained part of a diffusers pipeline. Raises InputError where it is absent, of another class or partial."""
+    """A pretrained part of a diffusers pipeline, from a folder or a hub name. Raises InputError where it is absent,
+    damaged, of another class, or where its tensors are not those that its config.json describes."""
     try:
-        there = kind.load_config(source, subfolder=subfolder).get("_class_name")
-        if there != kind.__name__:
-            raise ValueError(f"it is a {there}")
-        options = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "output_loading_info": True}
-        model, report = kind.from_pretrained(source, subfolder=subfolder, **options)
-        if partial := {k: sorted(v)[:3] for k, v in report.items() if v}:
-            raise ValueError(f"its weights do not fit its config.json: {partial}")
-    except (OSError, ValueError, RuntimeError) as error:
+        config = kind.load_config(source, subfolder=subfolder)
+        if config.get("_class_name") != kind.__name__:
+            raise ValueError(f"it is a {config.get('_class_name')}")
+        tensors = common.published_tensors(source, subfolder)
+    except common.LOADING_ERRORS as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"no {kind.__name__} in {source}/{subfolder} ({why}): give --decoder a local folder, a "
                          f"reachable hub name, or one of {sorted(SANA_SIZES)}") from None  # fmt: skip
-    return model
+    model = kind.from_config(config)
+    common.load_tensors(model, tensors, f"{source}/{subfolder}")
+    return model.to(dtype)
 
 
 def load_codec(decoder: str, channels: int, process: Process) -> PixelCodec | DeepCodec:
     """The image codec that belongs to a decoder with so many input channels. Raises InputError where the weights
-    cannot be found."""
+    cannot be found, or make other latents."""
     if decoder in SANA_SIZES:
         return PixelCodec(math.isqrt(channels // 3))
-    return DeepCodec(decoder, process.device, process.dtype)
+    codec = DeepCodec(decoder, process.device, process.dtype)
+    if codec.vae.config.latent_channels != channels:
+        raise InputError(f"the autoencoder of {decoder} makes {codec.vae.config.latent_channels} channels, its "
+                         f"transformer takes {channels}: point --decoder to one pipeline")  # fmt: skip
+    return codec
 
 
 def build(args: Args, checkpoint: Path | None = None) -> LAM:
-    """The model: from pretrained or random weights, or with the architecture of a checkpoint, to be filled.
+    """The model: from pretrained weights (with a printed report of what was loaded, is new or is left over), from
+    random ones, or with the architecture of a checkpoint, to be filled.
 
     Raises InputError for sizes that do not fit each other and for weights that are absent or of another family."""
-    if args.frames < 2 or args.motion_width % args.motion_heads:
-        raise InputError(f"--frames must be at least 2 ({args.frames}), and --motion-width ({args.motion_width}) a "
-                         f"multiple of --motion-heads ({args.motion_heads})")  # fmt: skip
     meta = common.load_meta(checkpoint) if checkpoint else {}
     vlm, tokenizer = common.load_vlm(args.encoder, meta.get("encoder_config"), checkpoint)
     if checkpoint:
@@ -466,13 +468,29 @@ def build(args: Args, checkpoint: Path | None = None) -> LAM:
         sana = SanaTransformer2DModel(**SANA_SIZES[args.decoder], caption_channels=args.latent_dim)
     else:
         sana = load_part(SanaTransformer2DModel, args.decoder, "transformer", torch.float32)
+    model = assemble(args, vlm, tokenizer, sana)
+    pretrained = {args.encoder: vlm, args.decoder: sana}
+    pretrained = {k: v for k, v in pretrained.items() if k not in common.VLM_SIZES and k not in SANA_SIZES}
+    if pretrained and not checkpoint:
+        common.report_loading(model, pretrained)
+    return model
+
+
+def assemble(args: Args, vlm: nn.Module, tokenizer: Any, sana: SanaTransformer2DModel) -> LAM:
+    """The model from its two pretrained halves, on whatever device they are. Raises InputError as `build` does."""
+    if args.frames < 2 or args.motion_width % args.motion_heads:
+        raise InputError(f"--frames must be at least 2 ({args.frames}), and --motion-width ({args.motion_width}) a "
+                         f"multiple of --motion-heads ({args.motion_heads})")  # fmt: skip
     encoder = Encoder(vlm, tokenizer, args.scene_tokens, args.motion_tokens, args.latent_dim)
     side = encoder.config.vision_config.image_size[0]
     if args.image_size != side:
         raise InputError(f"--image-size {args.image_size}, but {args.encoder} takes {side} pixels")
     encoder.vlm.vision_tower.requires_grad_(not args.freeze_vision)
     if args.checkpointing:
-        encoder.vlm.activation_checkpointing_enable()
+        # Not the whole of it: a frozen vision encoder would keep its layers' inputs and be run backwards, for nothing.
+        encoder.vlm.language_model.activation_checkpointing_enable()
+        if not args.freeze_vision:
+            encoder.vlm.vision_tower.activation_checkpointing_enable()
     return LAM(encoder, Decoder(sana, args), args.dla)
 
 
