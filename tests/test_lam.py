@@ -74,7 +74,8 @@ def test_scene_stream_starts_as_sana(uad, checkpointing, tmp_path):
     s, z_sce, z_mot = torch.tensor([0.3, 0.95]), torch.randn(2, 4, 128), torch.randn(2, 6, 128)
     velocity, actions = model.decoder(x, current, s, z_sce, z_mot)
     sana = model.decoder.sana
-    expected = sana(x, encoder_hidden_states=model.decoder.to_caption(z_sce), timestep=s * 1000).sample
+    caption = model.decoder.to_caption(z_sce + model.decoder.places[0])
+    expected = sana(x, encoder_hidden_states=caption, timestep=s * 1000).sample
     assert torch.equal(velocity, expected)
     assert (actions is None) != uad
     open_gates(model)
@@ -85,9 +86,9 @@ def test_patched_decoder_equals_sana():
     """SANA's latents may be cut into patches: pixels must come out where diffusers puts them."""
     sana = SanaTransformer2DModel(**SMALL_SANA, patch_size=2)
     decoder = lam.Decoder(sana, replace(ARGS, decoder="pretrained"))
-    x, s, z = torch.randn(2, 32, 4, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 5, 128)
-    expected = sana(x, encoder_hidden_states=decoder.to_caption(z), timestep=s * 1000).sample
-    assert torch.equal(decoder(x, x, s, z, z)[0], expected)
+    x, s, z = torch.randn(2, 32, 4, 8), torch.tensor([0.2, 0.7]), torch.randn(2, 6, 128)
+    expected = sana(x, encoder_hidden_states=decoder.to_caption(z[:, :4] + decoder.places[0]), timestep=s * 1000).sample
+    assert torch.equal(decoder(x, x, s, z[:, :4], z)[0], expected)
 
 
 def test_encoder_equals_hugging_face():
