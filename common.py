@@ -554,10 +554,13 @@ class _Video:
         self.stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
         self.stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
         self.stream.codec_context.thread_count = 1
+        self.to_yuv = av.video.reformatter.VideoReformatter()
 
     def add(self, clip: np.ndarray) -> None:
         for image in clip:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = self.to_yuv.reformat(frame, format="yuv420p", threads=1)  # by itself it would start some
+            self.container.mux(self.stream.encode(frame))
 
     def close(self, keep: bool = True) -> None:
         self.container.mux(self.stream.encode())
@@ -981,16 +984,18 @@ class LeRobotReader:
         path, start = self.video_path(i, camera)
         numbers = [round(start * self.fps + k) for k in indices]  # frame numbers in the file
         missing, found = set(numbers), {}
+        to_rgb = av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make its tables anew
         try:
             container = self._open(path)
             stream = container.streams.video[0]
+            base = float(stream.time_base)
             # A quarter frame past the wanted one, against rounding; from the start where a file's index misleads.
             for second in ((min(numbers) + 0.25) / self.fps, 0.0):
-                container.seek(int(second / stream.time_base), stream=stream, backward=True)
+                container.seek(int(second / base), stream=stream, backward=True)
                 for frame in container.decode(stream):
-                    number = round(float(frame.pts * stream.time_base) * self.fps)
+                    number = round(frame.pts * base * self.fps)
                     if number in missing:
-                        found[number] = frame.to_ndarray(format="rgb24")
+                        found[number] = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
                         missing.discard(number)
                     if not missing or number > max(missing):
                         break
@@ -1168,7 +1173,7 @@ class Windows(torch.utils.data.Dataset):
             wanted = [min(t + f * stride, n - 1) for f in range(view.frames)]
             unique = sorted(set(wanted))
             images = reader.pictures(i, view.camera, unique, view.size)
-            sample[name] = images[[unique.index(f) for f in wanted]]
+            sample[name] = images if unique == wanted else images[[unique.index(f) for f in wanted]]
         return sample
 
 
