@@ -18,6 +18,7 @@ Conventions, once and for all:
 
 import dataclasses
 import gc
+import io
 import json
 import math
 import os
@@ -27,9 +28,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,24 @@ def strided_actions(episode: dict[str, Any], starts: np.ndarray, stride: int) ->
     return out
 
 
+def seen_from(camera: np.ndarray, action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same actions (N, 44) and states (N, 46) in the frames of cameras (N, 7), position and quaternion xyzw: what a
+    hand does is told as the camera sees it (Sec. 6.1). A rotation R becomes C^T R C. Absent hands stay zero."""
+    action, state, turn = action.copy(), state.copy(), Rotation.from_quat(camera[:, 3:]).inv()
+    for _, a, s in _ARMS:
+        action[:, a : a + 3] = turn.apply(action[:, a : a + 3])
+        spin = turn * Rotation.from_euler("xyz", action[:, a + 3 : a + 6]) * turn.inv()
+        action[:, a + 3 : a + 6] = spin.as_euler("xyz")
+        if state[:, s + 3 : s + 7].any():
+            state[:, s : s + 3] = turn.apply(state[:, s : s + 3] - camera[:, :3])
+            state[:, s + 3 : s + 7] = (turn * Rotation.from_quat(state[:, s + 3 : s + 7])).as_quat(canonical=True)
+    for values, first, origin in ((action, 14, 0.0), (state, 16, camera[:, None, :3])):
+        tips = values[:, first:].reshape(len(values), -1, 3)
+        if tips.any():
+            values[:, first:] = np.einsum("nij,nfj->nfi", turn.as_matrix(), tips - origin).reshape(len(values), -1)
+    return action, state
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Quantile normalisation (Sec. 6.3: "following pi0.5, quantile normalization for action and state")
 # --------------------------------------------------------------------------------------------------------------------
@@ -458,11 +478,16 @@ class DatasetStatistics:
         self.totals |= {_STATE: Statistics(len(state_names))} if state_names else {}
 
     def add(self, episode: dict[str, Any]) -> None:
-        """Takes in an episode as `LeRobotReader.episode` returns it."""
+        """Takes in an episode as `LeRobotReader.episode` returns it; where its camera moves, each frame as seen there."""
+        camera, state = episode.get("camera"), episode["state"]
         if self.state_names:
-            self.totals[_STATE].add(gather(episode["state"], self.state_names, STATE_NAMES))
+            seen = state if camera is None else seen_from(camera, episode["action"], state)[1]
+            self.totals[_STATE].add(gather(seen, self.state_names, STATE_NAMES))
         for n in self.strides if self.action_names else ():
-            actions = strided_actions(episode, np.arange(max(0, episode["steps"] - n + 1)), n)
+            starts = np.arange(max(0, episode["steps"] - n + 1))
+            actions = strided_actions(episode, starts, n)
+            if camera is not None:
+                actions = seen_from(camera[starts], actions, state[starts])[0]
             self.totals[action_key(n)].add(gather(actions, self.action_names, ACTION_NAMES))
 
     def merge(self, other: "DatasetStatistics") -> None:
@@ -506,6 +531,7 @@ def prepare_images(images: np.ndarray, size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 _IMAGE = "observation.images."
+_CAMERA = "observation.camera"  # where the camera moves: its pose, 7 numbers, in the frame of action and state
 _CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 
 
@@ -539,31 +565,64 @@ def _text_table(texts: dict[str, int], index: str) -> pa.Table:
     return table.replace_schema_metadata({"pandas": json.dumps(frame)})
 
 
+def _h264(container: av.container.OutputContainer, size: tuple[int, int], fps: float) -> av.VideoStream:
+    """A key frame every 8 frames, so that reading any window costs a seek and a short decode."""
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
+    stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
+    stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One camera's frames of an episode, encoded as the writer would: what a converter's worker process hands over.
+    Megabytes become kilobytes, and the writer has only to append them."""
+
+    data: bytes
+    shape: tuple[int, ...]  # (n, H, W, 3)
+
+    @classmethod
+    def encode(cls, frames: Iterable[np.ndarray], size: tuple[int, int], fps: float) -> "Clip":
+        """frames: uint8 (H, W, 3), one after another; size: (height, width)."""
+        buffer, n, to_yuv = io.BytesIO(), 0, av.video.reformatter.VideoReformatter()
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = _h264(container, size, fps)
+            for image in frames:
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame = to_yuv.reformat(frame, format="yuv420p", threads=1)  # by itself it would start some
+                container.mux(stream.encode(frame))
+                n += 1
+            container.mux(stream.encode())
+        return cls(buffer.getvalue(), (n, *size, 3))
+
+
 class _Video:
-    """An h264 file that grows clip by clip, under another name until it is closed. A key frame every 8 frames, so that
-    reading any window costs a seek and a short decode."""
+    """An h264 file that grows clip by clip, under another name until it is closed."""
 
     def __init__(self, path: Path, size: tuple[int, int], fps: float):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial, self.size, self.fps = path, path.with_name(path.name + ".partial"), size, fps
         self.container = av.open(str(self.partial), "w", format="mp4")
-        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        self.stream.height, self.stream.width = size
-        self.stream.pix_fmt = "yuv420p"
-        # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
-        self.stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
-        self.stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
-        self.stream.codec_context.thread_count = 1
-        self.to_yuv = av.video.reformatter.VideoReformatter()
+        self.stream, self.frames = None, 0
 
-    def add(self, clip: np.ndarray) -> None:
-        for image in clip:
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame = self.to_yuv.reformat(frame, format="yuv420p", threads=1)  # by itself it would start some
-            self.container.mux(self.stream.encode(frame))
+    def add(self, clip: np.ndarray | Clip) -> None:
+        # Encoded here and now, or by a worker: the file comes out the same.
+        data = (clip if isinstance(clip, Clip) else Clip.encode(clip, self.size, self.fps)).data
+        with av.open(io.BytesIO(data)) as part:
+            if self.stream is None:
+                self.stream = self.container.add_stream_from_template(part.streams.video[0])
+            for packet in part.demux(video=0):
+                if packet.size:
+                    packet.stream, packet.time_base = self.stream, 1 / Fraction(self.fps).limit_denominator(1001)
+                    packet.pts = packet.dts = self.frames
+                    packet.duration, self.frames = 1, self.frames + 1
+                    self.container.mux(packet)
 
     def close(self, keep: bool = True) -> None:
-        self.container.mux(self.stream.encode())
         self.container.close()
         os.replace(self.partial, self.path) if keep else self.partial.unlink(missing_ok=True)
 
@@ -576,15 +635,16 @@ class LeRobotWriter:
 
     cameras: name -> (height, width), even numbers; action_names and state_names: columns by their unified names. With
     no action_names the change of the state is the action; with neither it is video alone, without actions.
+    moving_camera: episodes carry the primary camera's pose, and readers tell actions and states in its frame.
 
     meta/stats.json gets the statistics of actions as they are and composed to 10 and 5 Hz (RATES)."""
 
     def __init__(
         self, root: Path | str, fps: float = 10, robot_type: str = "fr3", action_names: Sequence[str] = ARM_ACTION,
         state_names: Sequence[str] = ARM_STATE, cameras: dict[str, tuple[int, int]] | None = None,
-        resume: bool = False, episodes_per_file: int = 50,
+        resume: bool = False, episodes_per_file: int = 50, moving_camera: bool = False,
     ):  # fmt: skip
-        self.root, self.fps, self.robot_type = Path(root), fps, robot_type
+        self.root, self.fps, self.robot_type, self.moving_camera = Path(root), fps, robot_type, moving_camera
         self.action_names, self.state_names = tuple(action_names), tuple(state_names)
         scatter(np.zeros(len(self.action_names)), self.action_names, ACTION_NAMES)  # refuses unknown names
         scatter(np.zeros(len(self.state_names)), self.state_names, STATE_NAMES)
@@ -623,12 +683,13 @@ class LeRobotWriter:
 
     def _continue(self) -> None:
         old = LeRobotReader(self.root)
-        here = (self.action_names, self.state_names, self.cameras, float(self.fps))
+        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera)
         names = tuple(tuple(old.mapping.get(kind) or ()) for kind in ("action", "state"))
         sizes = {name: tuple(old.info["features"][key]["shape"][:2]) for name, key in old.mapping["images"].items()}
-        there = (*names, sizes, float(old.fps))
+        there = (*names, sizes, float(old.fps), _CAMERA in old.info["features"])
         if here != there:
-            raise InputError(f"{self.root} holds columns, cameras and fps {there}, not {here}: choose another --out")
+            raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
+                             f"another --out")  # fmt: skip
         self.tasks = {t: i for i, t in enumerate(old.tasks)}
         self.subtasks = {t: i for i, t in enumerate(old.subtasks)}
         self.episodes = old.episodes
@@ -639,11 +700,12 @@ class LeRobotWriter:
             self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
 
     def add_episode(
-        self, frames: dict[str, np.ndarray], action: np.ndarray, state: np.ndarray, task: str,
-        subtasks: Sequence[str] | None = None,
+        self, frames: dict[str, np.ndarray | Clip], action: np.ndarray, state: np.ndarray, task: str,
+        subtasks: Sequence[str] | None = None, camera: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """One episode of n steps: frames[camera] uint8 (n, H, W, 3), action (n, A), state (n, S), the instruction, and
-        optionally the text of the present phase at each step. Raises InputError where shapes or values do not fit."""
+        """One episode of n steps: frames[camera] uint8 (n, H, W, 3) or a `Clip` of them, action (n, A), state (n, S),
+        the instruction, optionally the text of the present phase at each step, and with `moving_camera` the camera's
+        pose (n, 7). Raises InputError where shapes or values do not fit."""
         n, action, state = len(action), np.asarray(action, np.float32), np.asarray(state, np.float32)
         want = (n, len(self.action_names)), (n, len(self.state_names))
         if n < 2 or (action.shape, state.shape) != want:
@@ -654,17 +716,20 @@ class LeRobotWriter:
             raise InputError("episode without an instruction")
         if subtasks is not None and len(subtasks) != n:
             raise InputError(f"{len(subtasks)} subtask texts for {n} steps")
+        pose = None if camera is None else np.asarray(camera, np.float32)
+        if (camera is None) == self.moving_camera or camera is not None and np.shape(camera) != (n, 7):
+            raise InputError(f"camera poses {np.shape(camera)} for {n} steps, moving_camera={self.moving_camera}")
         for name, size in self.cameras.items():
             clip = frames.get(name, np.empty(0))
-            if clip.dtype != np.uint8 or clip.shape != (n, *size, 3):
-                raise InputError(f"camera {name}: {clip.dtype} {clip.shape}, expected uint8 {(n, *size, 3)}")
+            if getattr(clip, "dtype", np.uint8) != np.uint8 or clip.shape != (n, *size, 3):
+                raise InputError(f"camera {name}: frames {clip.shape}, expected uint8 {(n, *size, 3)}")
         spaces = (action, self.action_names, ACTION_NAMES), (state, self.state_names, STATE_NAMES)
         action, state = (gather(conform(scatter(*s), *s[1:], "episode whose {}"), *s[1:]) for s in spaces)
         for name, size in self.cameras.items():
             if name not in self.videos:
                 self.videos[name] = _Video(self._file(f"videos/{_IMAGE}{name}", "mp4"), size, self.fps)
             self.videos[name].add(frames[name])
-        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n))
+        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n, pose))
         if len(self.pending) >= self.episodes_per_file:
             self.flush()
 
@@ -677,7 +742,7 @@ class LeRobotWriter:
         file = {"chunk_index": self.file // 1000, "file_index": self.file % 1000}
         first = start = self.episodes[-1]["dataset_to_index"] if self.episodes else 0
         whole: dict[str, list] = {"frame_index": [], "episode_index": [], "task_index": [], "subtask_index": []}
-        for action, state, task, subtasks in self.pending:
+        for action, state, task, subtasks, camera in self.pending:
             n, e = len(action), len(self.episodes)
             whole["frame_index"] += range(n)
             whole["episode_index"] += [e] * n
@@ -694,7 +759,7 @@ class LeRobotWriter:
             self.episodes.append(row)
             unified = {"action": scatter(action, self.action_names, ACTION_NAMES), "steps": n}
             unified |= {"state": scatter(state, self.state_names, STATE_NAMES)}
-            self.statistics.add(unified | {"state_mask": np.isin(STATE_NAMES, self.state_names)})
+            self.statistics.add(unified | {"state_mask": np.isin(STATE_NAMES, self.state_names), "camera": camera})
         while self.videos:
             self.videos.popitem()[1].close()
         lists = {}
@@ -702,6 +767,9 @@ class LeRobotWriter:
             if names:
                 values = np.concatenate([p[k] for p in self.pending])
                 lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), len(names))
+        if self.moving_camera:
+            poses = np.concatenate([p[4] for p in self.pending])
+            lists[_CAMERA] = pa.FixedSizeListArray.from_arrays(pa.array(poses.ravel()), 7)
         seconds = np.array(whole["frame_index"]) / self.fps
         whole["index"] = range(first, start)
         integers = {k: pa.array(v, pa.int64()) for k, v in whole.items()}
@@ -721,6 +789,8 @@ class LeRobotWriter:
             for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names))
             if names
         }
+        if self.moving_camera:
+            features[_CAMERA] = {"dtype": "float32", "shape": [7], "names": ["x", "y", "z", "qx", "qy", "qz", "qw"]}
         for key in ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index"):
             features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
         for name, (h, w) in self.cameras.items():
@@ -738,6 +808,21 @@ class LeRobotWriter:
         })  # fmt: skip
 
 
+def _rotations(columns: dict[str, np.ndarray], all_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns (n,) by name, with rotations told as `all_names` tells them: a mapping may also name Euler angles (state:
+    roll, pitch, yaw, extrinsic xyz) and rotation vectors (rx, ry, rz), where a side has all three."""
+    columns, euler = dict(columns), partial(Rotation.from_euler, "xyz")
+    own = ("qx", "qy", "qz", "qw") if all_names is STATE_NAMES else ("roll", "pitch", "yaw")
+    for side in _SIDES:
+        for told, read in ((("roll", "pitch", "yaw"), euler), (("rx", "ry", "rz"), Rotation.from_rotvec)):
+            names = [f"{side}_{n}" for n in told]
+            if names[0] not in all_names and all(n in columns for n in names):
+                turn = read(np.stack([columns.pop(n) for n in names], 1))
+                values = turn.as_quat() if all_names is STATE_NAMES else turn.as_euler("xyz")
+                columns |= {f"{side}_{n}": v for n, v in zip(own, values.T, strict=True)}
+    return columns
+
+
 class LeRobotReader:
     """Reads a LeRobot data set, v3.0 or v2.1, into the unified spaces.
 
@@ -746,7 +831,8 @@ class LeRobotReader:
     (absolute commanded pose, by the state's names) are found, each as {"column", "index", and optionally "scale" and
     "offset"}, and the `stats` that `python -m data.stats` puts there. A mapping with neither action nor target gives
     the change of the state's pose from t to t+1 as the action; one with "state": {} and "action": {} says that there is
-    only video, whose windows have every action masked.
+    only video, whose windows have every action masked. Rotations may also be Euler angles or rotation vectors, named
+    right_roll, right_pitch, right_yaw or right_rx, right_ry, right_rz (state, target; the latter also action).
 
     Raises InputError for a missing path, column, camera or statistics, and for a video that is absent or cut short."""
 
@@ -809,21 +895,23 @@ class LeRobotReader:
         video_only = self.info.get("action_free") or (self.mapping_path and m.get("state") == m.get("action") == {})
         if not (m.get("state") or m.get("action") or video_only):
             raise InputError(f"{self.source}: neither `{_STATE}` nor `{_ACTION}` with names in meta/info.json; {hint}")
+        own = {}
         for kind, names in (("state", STATE_NAMES), ("action", ACTION_NAMES), ("target", STATE_NAMES)):
-            unknown = [n for n in m.get(kind) or {} if n not in names]
+            own[kind] = tuple(_rotations({n: np.zeros(1) for n in m.get(kind) or {}}, names))
+            unknown = [n for n in own[kind] if n not in names]
             absent = sorted({c["column"] for c in (m.get(kind) or {}).values()} - set(features))
             if unknown or absent:
                 raise InputError(f"{self.source}: {kind} has unknown names {unknown}, absent columns {absent}; {hint}")
         absent = [k for k in m.get("images", {}).values() if k not in features]
         if absent or not m.get("images"):
             raise InputError(f"{self.source}: no camera columns {absent or [_IMAGE + '*']} in meta/info.json; {hint}")
-        self.cameras, self.state_names = tuple(m["images"]), tuple(m.get("state") or {})
-        self.action_names = tuple(m.get("action") or self._names_from_poses())
+        self.cameras, self.state_names = tuple(m["images"]), own["state"]
+        self.action_names = own["action"] or tuple(self._names_from_poses(own["target"]))
 
-    def _names_from_poses(self) -> list[str]:
+    def _names_from_poses(self, target: Sequence[str]) -> list[str]:
         """Where actions are made from poses: translations and fingertips that both ends know, rotations whose whole
         quaternion they know, and the gripper, which is absolute, where the later end knows it."""
-        later = set(self.mapping.get("target") or self.state_names)
+        later = set(target or self.state_names)
         both = later & set(self.state_names)
         turns = {s for s in _SIDES if all(f"{s}_q{c}" in both for c in "xyzw")}
         known = lambda n: n.split("_")[0] in turns if n.endswith(("roll", "pitch", "yaw")) else n in both
@@ -885,6 +973,7 @@ class LeRobotReader:
             try:
                 names = pq.read_schema(path).names
                 wanted |= {"episode_index", "task_index"}
+                wanted |= {_CAMERA} & set(self.info["features"])
                 lacking = sorted(wanted - set(names))
                 if lacking:
                     raise InputError(f"{path} lacks the columns {lacking}: convert the data set again")
@@ -925,17 +1014,18 @@ class LeRobotReader:
         short = sorted({c["column"] for c in mapping.values() if c["index"] >= arrays[c["column"]].shape[1]})
         if short:
             raise InputError(f"{self.source}: columns {short} have fewer dimensions than names")
-        values = [
-            arrays[c["column"]][:, c["index"]] * c.get("scale", 1.0) + c.get("offset", 0.0) for c in mapping.values()
-        ]
-        out = scatter(np.stack(values, 1) if values else np.zeros((len(table), 0)), tuple(mapping), all_names)
+        read = lambda c: arrays[c["column"]][:, c["index"]] * c.get("scale", 1.0) + c.get("offset", 0.0)
+        values = _rotations({name: read(c) for name, c in mapping.items()}, all_names)
+        flat = np.stack(list(values.values()), 1) if values else np.zeros((len(table), 0))
+        out = scatter(flat, tuple(values), all_names)
         if not np.isfinite(out).all():
             raise InputError(f"{self.source}: NaN or infinite {kind} in an episode of {len(table)} steps: leave it out")
-        return conform(out, tuple(mapping), all_names, f"{self.source}: {{}} ({kind})")
+        return conform(out, tuple(values), all_names, f"{self.source}: {{}} ({kind})")
 
     def episode(self, i: int) -> dict[str, Any]:
         """Episode i: action (n, 44), action_mask (44,), state (n, 46), state_mask (46,) in physical units, steps (how
-        many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none)."""
+        many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none),
+        and camera (n, 7), its pose in the frame of action and state where it moves, else None: see `seen_from`."""
         table = self._table(i)
         n = steps = len(table)
         state = self._columns(table, "state", STATE_NAMES)
@@ -953,6 +1043,7 @@ class LeRobotReader:
             "action": action.astype(np.float32), "action_mask": np.isin(ACTION_NAMES, self.action_names),
             "state": state.astype(np.float32), "state_mask": np.isin(STATE_NAMES, self.state_names),
             "steps": steps, "task": task, "subtask": subtask,
+            "camera": self._array(table[_CAMERA]) if _CAMERA in table.column_names else None,
         }  # fmt: skip
 
     def _change(self, state: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -1161,8 +1252,13 @@ class Windows(torch.utils.data.Dataset):
         starts = t + stride * np.arange(self.actions)
         inside = starts + stride <= ep["steps"]
         action[inside] = strided_actions(ep, starts[inside], stride)
+        state = ep["state"][t]
+        if ep["camera"] is not None:  # the frame of all actions of a window is that of its first frame's camera
+            once = lambda row: np.repeat(row[None], self.actions, 0)
+            action, states = seen_from(once(ep["camera"][t]), action, once(state))
+            state = states[0]
         mask = torch.from_numpy(inside[:, None] & ep["action_mask"])
-        state, state_mask = torch.from_numpy(ep["state"][t]), torch.from_numpy(ep["state_mask"])
+        state, state_mask = torch.from_numpy(state), torch.from_numpy(ep["state_mask"])
         sample: dict[str, Any] = {
             "action": torch.where(mask, self.action_norms[d].normalize(torch.from_numpy(action)), 0.0),
             "action_mask": mask, "state_mask": state_mask,
