@@ -84,7 +84,8 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
                         writer.add_episode(**result.data)
                         notes.update(result.notes)
                     except InputError as error:
-                        sources.truncate(end)
+                        sources.seek(end)
+                        sources.truncate()
                         result = str(error)
                 if isinstance(result, str):
                     skipped[key] = result

@@ -326,6 +326,7 @@ def test_agibot_gripper_commands(tmp_path, monkeypatch):
     write(6, **{"action/effector/position": np.zeros((11, 2))})
     write(7, **{"action/effector/position": np.full((10, 2), 118.0)})
     write(8, **{"action/effector/position": None, "state/effector/position": measured})
+    write(9, **some | {"action/effector/index": np.array([1, 6, 2])})
     run(agibot, source, "--out", out, "--workers", 0, monkeypatch=monkeypatch)
     reader = LeRobotReader(out)
     left = [reader.episode(i)["action"][:, 6].tolist() for i in range(reader.num_episodes)]
@@ -339,6 +340,7 @@ def test_agibot_gripper_commands(tmp_path, monkeypatch):
         (5, "no rising list"),
         (6, "11 gripper commands for 10"),
         (7, "expected 0 (o"),
+        (9, "no rising list"),
     ):
         assert words in reasons[f"327/{number}"]
 
@@ -592,6 +594,19 @@ def test_resume_finds_what_is_new_and_what_was_repaired(tmp_path, demos, capsys)
     (tmp_path / "x/meta/sources.jsonl").unlink()
     with pytest.raises(InputError, match="names the sources of 0 of 6 episodes"):
         convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), arguments(resume=True))
+
+
+def test_what_the_writer_refuses_is_left_out(tmp_path, demos):
+    def load(*job):
+        episode = libero.load(*job)
+        if job[0].name == "c_demo.hdf5":
+            episode.data["action"][0] = np.nan
+        return episode
+
+    convert.convert(demos, load, make_writer(tmp_path), arguments())
+    lines = [json.loads(line) for line in (tmp_path / "meta/sources.jsonl").read_text().splitlines()]
+    assert lines == [key for key in demos if key[0] in "be"] and LeRobotReader(tmp_path).num_episodes == len(lines)
+    assert "NaN" in skipped(tmp_path)["c_demo.hdf5/demo_1"]
 
 
 def test_limit(tmp_path, demos):
