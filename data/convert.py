@@ -68,7 +68,8 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
     at_least(args, limit=0, workers=0)
     meta = writer.root / "meta"
     done = _sources(meta / "sources.jsonl", writer.num_episodes)
-    todo = {key: job for key, job in jobs.items() if key not in set(done)}
+    known = set(done)
+    todo = {key: job for key, job in jobs.items() if key not in known}
     notes, skipped, before = Counter(), {}, writer.num_episodes
     bar = tqdm(total=len(done) + len(todo), initial=len(done), desc=writer.root.name, unit="episode", mininterval=1)
     full = lambda: args.limit and writer.num_episodes >= args.limit
