@@ -317,14 +317,14 @@ def seen_from(camera: np.ndarray, action: np.ndarray, state: np.ndarray) -> tupl
     for _, a, s in _ARMS:
         action[:, a : a + 3] = turn.apply(action[:, a : a + 3])
         spin = turn * Rotation.from_euler("xyz", action[:, a + 3 : a + 6]) * turn.inv()
-        action[:, a + 3 : a + 6] = spin.as_euler("xyz")
+        action[:, a + 3 : a + 6] = spin.as_euler("xyz", suppress_warnings=True)
         if state[:, s + 3 : s + 7].any():
             state[:, s : s + 3] = turn.apply(state[:, s : s + 3] - camera[:, :3])
             state[:, s + 3 : s + 7] = (turn * Rotation.from_quat(state[:, s + 3 : s + 7])).as_quat(canonical=True)
     for values, first, origin in ((action, 14, 0.0), (state, 16, camera[:, None, :3])):
-        tips = values[:, first:].reshape(len(values), -1, 3)
+        tips = values[:, first:].reshape(-1, 10, 3)
         if tips.any():
-            values[:, first:] = np.einsum("nij,nfj->nfi", turn.as_matrix(), tips - origin).reshape(len(values), -1)
+            values[:, first:] = np.einsum("nij,nfj->nfi", turn.as_matrix(), tips - origin).reshape(-1, 30)
     return action, state
 
 
@@ -478,7 +478,7 @@ class DatasetStatistics:
         self.totals |= {_STATE: Statistics(len(state_names))} if state_names else {}
 
     def add(self, episode: dict[str, Any]) -> None:
-        """Takes in an episode as `LeRobotReader.episode` returns it; where its camera moves, each frame as seen there."""
+        """Takes in an episode as `LeRobotReader.episode` returns it, as seen from its camera where that moves."""
         camera, state = episode.get("camera"), episode["state"]
         if self.state_names:
             seen = state if camera is None else seen_from(camera, episode["action"], state)[1]

@@ -32,8 +32,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common import Clip, InputError, LeRobotReader, LeRobotWriter, at_least, write_json
-from data.stats import statistics
+from common import Clip, InputError, LeRobotWriter, at_least, write_json
 
 SIZE = 448  # longer side of a converted picture in pixels: what the full run's encoder sees (our choice)
 
@@ -100,8 +99,6 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
     some = f"; the first, {next(iter(skipped.items()))}" if skipped else ""
     if not writer.num_episodes:
         raise InputError(f"none of {len(jobs)} episodes of {args.source} could be converted{some}")
-    # Statistics of the actions as they are, and as windows at 10 Hz take them.
-    write_json(meta / "stats.json", statistics(LeRobotReader(writer.root), max(1, round(writer.fps / 10))))
     print(
         f"{writer.root}: {writer.num_episodes} episodes ({writer.num_episodes - before} new), "
         f"{writer.episodes[-1]['dataset_to_index']} steps at {writer.fps:g} Hz; left out {len(skipped)}"

@@ -12,8 +12,8 @@
 
 The frame. "The camera frame of the window's first frame" is only known when a window is drawn, so the file holds one
 frame throughout the episode, that of its first camera, and beside it the camera's pose at each step
-(`observation.camera`). `common.Windows` and `data.stats` turn actions and states into the camera's frame at the start
-of the window (`common.seen_from`); so statistics are computed at the end, and an interrupted data set has none.
+(`observation.camera`). `common.Windows` turns actions and states into the camera's frame at the start of the window
+(`common.seen_from`), and the statistics are of these.
 
 Conventions (common): action[t] is the change of pose from t to t+1, as nobody gave a command, so the last frame has
 none and is left out. Rotations are taken relative first and told as Euler angles after. A hand has no gripper: those

@@ -79,7 +79,7 @@ def test_every_mapping_reads_its_layout(tmp_path, name):
     assert set(action) <= set(ARM_ACTION) and set(state) <= set(ARM_STATE)
     assert {"right_x", "right_y"} <= set(action)
     assert "right_qw" not in state or {"right_x", "right_y", "right_z"} <= set(state)
-    assert stats.statistics(reader, stride=2)["action.stride2"]["count"] == [
+    assert stats.statistics(reader, 2)["action.stride2"]["count"] == [
         5 if {"action", "target"} & set(mapping) else 4
     ]
 
