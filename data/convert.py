@@ -217,7 +217,10 @@ def transcode(path: Path, frames: int, size: tuple[int, int], fps: float, drop_l
             raise InputError(
                 f"{path.name} has {stream.width} x {stream.height} pixels, another shape than {size[::-1]}"
             )
-        seen = 0
+        seen, small = (
+            0,
+            av.video.reformatter.VideoReformatter(),
+        )  # one for all: a frame's own would make its tables anew
 
         def scaled() -> Iterator[np.ndarray]:
             nonlocal seen
@@ -225,7 +228,7 @@ def transcode(path: Path, frames: int, size: tuple[int, int], fps: float, drop_l
                 seen += 1
                 if seen <= frames - drop_last:
                     # To RGB by the source's own colour space, and without it: our videos have another.
-                    yield frame.reformat(size[1], size[0], "rgb24", interpolation="AREA", threads=1).to_ndarray()
+                    yield small.reformat(frame, *size[::-1], "rgb24", interpolation="AREA", threads=1).to_ndarray()
                 if seen == frames:
                     return
 
