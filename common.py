@@ -18,6 +18,7 @@ Conventions, once and for all:
 
 import dataclasses
 import gc
+import io
 import json
 import math
 import os
@@ -27,9 +28,10 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,10 +311,42 @@ def gather(unified: np.ndarray, names: Sequence[str], all_names: Sequence[str]) 
     return np.asarray(unified)[..., [all_names.index(n) for n in names]]
 
 
+def canonical(quaternion: np.ndarray) -> np.ndarray:
+    """Of the two quaternions (..., 4) xyzw of a rotation the one whose w is positive. Where w is 0, a half turn, the
+    first of x, y, z that is not 0 is positive: without this rule two names for one pose would remain."""
+    q = np.asarray(quaternion)
+    wxyz = q[..., [3, 0, 1, 2]]
+    first = np.take_along_axis(wxyz, (wxyz != 0).argmax(-1)[..., None], -1)
+    return np.where(first < 0, -q, q)
+
+
+def conform(unified: np.ndarray, names: Sequence[str], all_names: Sequence[str], what: str) -> np.ndarray:
+    """Unified values (n, len(all_names)) with grippers clipped to [0, 1] and quaternions canonical, of those named.
+
+    Raises InputError, which begins with `what`, its {} filled in, for a gripper that leaves [0, 1] by more than noise,
+    and for quaternions without length 1."""
+    out = np.array(unified)
+    for side, a, s in _ARMS:
+        gripper = out[:, s + 7 if all_names is STATE_NAMES else a + 6]
+        if gripper.min() < -0.05 or gripper.max() > 1.05:
+            raise InputError(
+                f"{what.format(side + ' gripper')} runs from {gripper.min():.3g} to {gripper.max():.3g}, and must from "
+                "0 (closed) to 1 (open): give scale and offset in a mapping"
+            )
+        np.clip(gripper, 0, 1, out=gripper)
+        if all_names is STATE_NAMES and f"{side}_qw" in names:
+            q = out[:, s + 3 : s + 7]
+            if (np.abs(np.linalg.norm(q, axis=1) - 1) > 0.05).any():
+                raise InputError(f"{what.format(side + ' quaternion')} without length 1: map xyzw by name")
+            q[:] = canonical(q)
+    return out
+
+
 def relative_action(position: np.ndarray, quaternion: np.ndarray, position2: np.ndarray, quaternion2: np.ndarray):
     """The six numbers (..., 6) that lead from one pose to another: dp, and Euler xyz of R2 R1^T (base frame)."""
     one, two = (Rotation.from_quat(np.reshape(q, (-1, 4))) for q in (quaternion, quaternion2))
-    euler = (two * one.inv()).as_euler("xyz").reshape(*np.shape(position)[:-1], 3)
+    # At a pitch of +-90 degrees roll and yaw turn about one axis: scipy gives it all to roll, the rotation is right.
+    euler = (two * one.inv()).as_euler("xyz", suppress_warnings=True).reshape(*np.shape(position)[:-1], 3)
     return np.concatenate([np.asarray(position2) - np.asarray(position), euler], -1).astype(np.float32)
 
 
@@ -334,7 +368,7 @@ def compose_actions(actions: np.ndarray) -> np.ndarray:
         turn = Rotation.from_euler("xyz", euler[..., 0, :].reshape(-1, 3))
         for k in range(1, actions.shape[-2]):
             turn = Rotation.from_euler("xyz", euler[..., k, :].reshape(-1, 3)) * turn
-        out[..., a + 3 : a + 6] = turn.as_euler("xyz").reshape(*out.shape[:-1], 3)
+        out[..., a + 3 : a + 6] = turn.as_euler("xyz", suppress_warnings=True).reshape(*out.shape[:-1], 3)
         out[..., a + 6] = actions[..., -1, a + 6]
     return out.astype(np.float32)
 
@@ -358,9 +392,29 @@ def strided_actions(episode: dict[str, Any], starts: np.ndarray, stride: int) ->
     return out
 
 
+def seen_from(camera: np.ndarray, action: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same actions (N, 44) and states (N, 46) in the frames of cameras (N, 7), position and quaternion xyzw: what a
+    hand does is told as the camera sees it (Sec. 6.1). A rotation R becomes C^T R C. Absent hands stay zero."""
+    action, state, turn = action.copy(), state.copy(), Rotation.from_quat(camera[:, 3:]).inv()
+    for _, a, s in _ARMS:
+        action[:, a : a + 3] = turn.apply(action[:, a : a + 3])
+        spin = turn * Rotation.from_euler("xyz", action[:, a + 3 : a + 6]) * turn.inv()
+        action[:, a + 3 : a + 6] = spin.as_euler("xyz", suppress_warnings=True)
+        if state[:, s + 3 : s + 7].any():
+            state[:, s : s + 3] = turn.apply(state[:, s : s + 3] - camera[:, :3])
+            state[:, s + 3 : s + 7] = (turn * Rotation.from_quat(state[:, s + 3 : s + 7])).as_quat(canonical=True)
+    for values, first, origin in ((action, 14, 0.0), (state, 16, camera[:, None, :3])):
+        tips = values[:, first:].reshape(-1, 10, 3)
+        if tips.any():
+            values[:, first:] = np.einsum("nij,nfj->nfi", turn.as_matrix(), tips - origin).reshape(-1, 30)
+    return action, state
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Quantile normalisation (Sec. 6.3: "following pi0.5, quantile normalization for action and state")
 # --------------------------------------------------------------------------------------------------------------------
+
+_ACTION, _STATE = "action", "observation.state"  # LeRobot's columns, and the keys of their statistics
 
 # (our choice) A dimension that moves less than this (2 mm, 2 mrad) is sensor noise: it is not blown up to [-1, 1].
 # Components of a quaternion get 0.1: a tool that always points down must not make a tilt of some degrees enormous.
@@ -403,12 +457,133 @@ class Normalizer(nn.Module):
         return x * self.scale + self.centre
 
 
-def quantile_stats(values: np.ndarray) -> dict[str, list[float]]:
-    """LeRobot's statistics of (N, D) values: min, max, mean, std, count and the quantiles 1 and 99 %."""
-    values = np.asarray(values, np.float64)
-    out = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-    out |= {"q01": np.quantile(values, 0.01, axis=0), "q99": np.quantile(values, 0.99, axis=0)}
-    return {k: v.tolist() for k, v in out.items()} | {"count": [len(values)]}
+def stride_for(fps: float, hz: float) -> int:
+    """How many frames of a data set a step of a window at `hz` spans; 1 for slower data, which keep their own rate."""
+    return max(1, round(fps / hz))
+
+
+RATES = (10.0, 5.0)  # Hz of the full run's and of --small's windows: a written data set has statistics for both
+
+
+class Statistics:
+    """LeRobot's statistics of rows (N, width) that come in parts and need not fit in memory: min, max, mean, std, count
+    and the quantiles 1 and 99 %, of each column by itself.
+
+    Quantiles are exact up to 2 KEEP rows. From then on 2 KEEP values are sorted and every other one is dropped, the
+    rest counting twice; their like is thinned again to count four times, and so on (Munro and Paterson's selection with
+    limited storage). N rows take log2(N / KEEP) levels, each of which displaces a rank by at most N / (2 KEEP); as the
+    lower and the upper of a pair are dropped by turns, it is far less in practice."""
+
+    KEEP = 1 << 14
+
+    def __init__(self, width: int):
+        self.width = width
+        self.count, self.mean, self.moment = np.zeros(width, np.int64), np.zeros(width), np.zeros(width)
+        self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)
+        self.levels: list[list[np.ndarray]] = [[] for _ in range(width)]  # [column][h]: values that count 2**h times
+        self.thinned: list[list[int]] = [[] for _ in range(width)]  # how often, for the turns
+
+    def add(self, values: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Takes in rows (N, width); of those, with a mask (N, width), only the entries that are True."""
+        values = np.asarray(values)
+        for d in range(self.width):
+            column = values[:, d] if mask is None else values[mask[:, d], d]
+            if len(column):
+                wide = column.astype(np.float64)
+                mean = wide.mean()
+                self._moments(d, len(wide), mean, ((wide - mean) ** 2).sum(), wide.min(), wide.max())
+                self._push(d, 0, column.astype(np.float32))
+
+    def merge(self, other: "Statistics") -> None:
+        """Takes in the rows of another one, say those of another shard."""
+        for d in range(self.width):
+            if other.count[d]:
+                self._moments(d, other.count[d], other.mean[d], other.moment[d], other.low[d], other.high[d])
+            for h, values in enumerate(other.levels[d]):
+                self._push(d, h, values)
+
+    def _moments(self, d: int, n: int, mean: float, moment: float, low: float, high: float) -> None:
+        """Mean and sum of squared deviations of a union (Chan et al.)."""
+        total, away = self.count[d] + n, mean - self.mean[d]
+        self.moment[d] += moment + away * away * self.count[d] * n / total
+        self.mean[d] += away * n / total
+        self.count[d] = total
+        self.low[d], self.high[d] = min(self.low[d], low), max(self.high[d], high)
+
+    def _push(self, d: int, h: int, values: np.ndarray) -> None:
+        levels, thinned = self.levels[d], self.thinned[d]
+        if len(levels) == h:
+            levels.append(np.empty(0, np.float32))
+            thinned.append(0)
+        levels[h] = np.concatenate([levels[h], values])
+        while len(levels[h]) >= 2 * self.KEEP:
+            block, levels[h] = np.sort(levels[h][: 2 * self.KEEP]), levels[h][2 * self.KEEP :]
+            thinned[h] += 1
+            self._push(d, h + 1, block[thinned[h] % 2 :: 2])
+
+    def quantile(self, q: float) -> np.ndarray:
+        """The quantile q of each column (width,), interpolated as numpy does."""
+        out = np.empty(self.width)
+        for d, levels in enumerate(self.levels):
+            weights = np.repeat(2 ** np.arange(len(levels)), [len(v) for v in levels])
+            values = np.concatenate(levels).astype(np.float64)
+            order = np.argsort(values, kind="stable")
+            values, weights = values[order], weights[order]
+            ranks = np.cumsum(weights) - (weights + 1) / 2  # of the middle of the rows that a value stands for
+            out[d] = np.interp(q * (self.count[d] - 1), ranks, values)
+        return out
+
+    def result(self) -> dict[str, list]:
+        """min, max, mean, std, q01 and q99 per column, and count. Raises InputError for a column without rows."""
+        if not self.count.all():
+            raise InputError(f"no values for columns {np.flatnonzero(self.count == 0).tolist()} of {self.width}")
+        out = {"min": self.low, "max": self.high, "mean": self.mean, "std": np.sqrt(self.moment / self.count)}
+        out |= {"q01": self.quantile(0.01), "q99": self.quantile(0.99)}
+        return {k: v.tolist() for k, v in out.items()} | {"count": [int(self.count.max())]}
+
+
+def quantile_stats(values: np.ndarray) -> dict[str, list]:
+    """The statistics of rows (N, D) that are all there."""
+    total = Statistics(np.shape(values)[1])
+    total.add(values)
+    return total.result()
+
+
+class DatasetStatistics:
+    """The statistics of a data set, episode by episode, by the keys of its meta/stats.json: `observation.state`,
+    `action`, and `action.stride<N>` for actions composed over N steps, which windows at a lower rate consist of. Every
+    frame counts once: all windows that `Windows` can draw start somewhere, and each start has one action."""
+
+    def __init__(self, action_names: Sequence[str], state_names: Sequence[str], strides: Sequence[int]):
+        self.action_names, self.state_names, self.strides = action_names, state_names, sorted({1, *strides})
+        self.totals = {action_key(n): Statistics(len(action_names)) for n in self.strides if action_names}
+        self.totals |= {_STATE: Statistics(len(state_names))} if state_names else {}
+
+    def add(self, episode: dict[str, Any]) -> None:
+        """Takes in an episode as `LeRobotReader.episode` returns it, as seen from its camera where that moves."""
+        camera, state = episode.get("camera"), episode["state"]
+        if self.state_names:
+            seen = state if camera is None else seen_from(camera, episode["action"], state)[1]
+            self.totals[_STATE].add(gather(seen, self.state_names, STATE_NAMES))
+        for n in self.strides if self.action_names else ():
+            starts = np.arange(max(0, episode["steps"] - n + 1))
+            actions = strided_actions(episode, starts, n)
+            if camera is not None:
+                actions = seen_from(camera[starts], actions, state[starts])[0]
+            self.totals[action_key(n)].add(gather(actions, self.action_names, ACTION_NAMES))
+
+    def merge(self, other: "DatasetStatistics") -> None:
+        for key, total in self.totals.items():
+            total.merge(other.totals[key])
+
+    def result(self) -> dict[str, dict]:
+        """By key; a stride that is longer than every episode has none."""
+        return {key: total.result() for key, total in self.totals.items() if total.count.all()}
+
+
+def action_key(stride: int) -> str:
+    """The name of the statistics of actions composed over `stride` steps."""
+    return _ACTION if stride == 1 else f"{_ACTION}.stride{stride}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -437,7 +612,8 @@ def prepare_images(images: np.ndarray, size: int) -> Tensor:
 # LeRobot data sets: writer (v3.0) and reader (v2.1 and v3.0)
 # --------------------------------------------------------------------------------------------------------------------
 
-_ACTION, _STATE, _IMAGE = "action", "observation.state", "observation.images."
+_IMAGE = "observation.images."
+_CAMERA = "observation.camera"  # where the camera moves: its pose, 7 numbers, in the frame of action and state
 _CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 
 
@@ -471,28 +647,64 @@ def _text_table(texts: dict[str, int], index: str) -> pa.Table:
     return table.replace_schema_metadata({"pandas": json.dumps(frame)})
 
 
+def _h264(container: av.container.OutputContainer, size: tuple[int, int], fps: float) -> av.VideoStream:
+    """A key frame every 8 frames, so that reading any window costs a seek and a short decode."""
+    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+    stream.height, stream.width = size
+    stream.pix_fmt = "yuv420p"
+    # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
+    stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
+    stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One camera's frames of an episode, encoded as the writer would: what a converter's worker process hands over.
+    Megabytes become kilobytes, and the writer has only to append them."""
+
+    data: bytes
+    shape: tuple[int, ...]  # (n, H, W, 3)
+
+    @classmethod
+    def encode(cls, frames: Iterable[np.ndarray], size: tuple[int, int], fps: float) -> "Clip":
+        """frames: uint8 (H, W, 3), one after another; size: (height, width)."""
+        buffer, n, to_yuv = io.BytesIO(), 0, av.video.reformatter.VideoReformatter()
+        with av.open(buffer, "w", format="mp4") as container:
+            stream = _h264(container, size, fps)
+            for image in frames:
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame = to_yuv.reformat(frame, format="yuv420p", threads=1)  # by itself it would start some
+                container.mux(stream.encode(frame))
+                n += 1
+            container.mux(stream.encode())
+        return cls(buffer.getvalue(), (n, *size, 3))
+
+
 class _Video:
-    """An h264 file that grows clip by clip, under another name until it is closed. A key frame every 8 frames, so that
-    reading any window costs a seek and a short decode."""
+    """An h264 file that grows clip by clip, under another name until it is closed."""
 
     def __init__(self, path: Path, size: tuple[int, int], fps: float):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = path, path.with_name(path.name + ".partial")
+        self.path, self.partial, self.size, self.fps = path, path.with_name(path.name + ".partial"), size, fps
         self.container = av.open(str(self.partial), "w", format="mp4")
-        self.stream = self.container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        self.stream.height, self.stream.width = size
-        self.stream.pix_fmt = "yuv420p"
-        # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
-        self.stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
-        self.stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
-        self.stream.codec_context.thread_count = 1
+        self.stream, self.frames = None, 0
 
-    def add(self, clip: np.ndarray) -> None:
-        for image in clip:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+    def add(self, clip: np.ndarray | Clip) -> None:
+        # Encoded here and now, or by a worker: the file comes out the same.
+        data = (clip if isinstance(clip, Clip) else Clip.encode(clip, self.size, self.fps)).data
+        with av.open(io.BytesIO(data)) as part:
+            if self.stream is None:
+                self.stream = self.container.add_stream_from_template(part.streams.video[0])
+            for packet in part.demux(video=0):
+                if packet.size:
+                    packet.stream, packet.time_base = self.stream, 1 / Fraction(self.fps).limit_denominator(1001)
+                    packet.pts = packet.dts = self.frames
+                    packet.duration, self.frames = 1, self.frames + 1
+                    self.container.mux(packet)
 
     def close(self, keep: bool = True) -> None:
-        self.container.mux(self.stream.encode())
         self.container.close()
         os.replace(self.partial, self.path) if keep else self.partial.unlink(missing_ok=True)
 
@@ -503,14 +715,18 @@ class LeRobotWriter:
     Every `episodes_per_file` episodes, and at the end, what has come so far is a complete, valid data set on disk: a
     kill loses at most the episodes since then, and `resume=True` goes on after them.
 
-    cameras: name -> (height, width), even numbers; action_names and state_names: columns by their unified names."""
+    cameras: name -> (height, width), even numbers; action_names and state_names: columns by their unified names. With
+    no action_names the change of the state is the action; with neither it is video alone, without actions.
+    moving_camera: episodes carry the primary camera's pose, and readers tell actions and states in its frame.
+
+    meta/stats.json gets the statistics of actions as they are and composed to 10 and 5 Hz (RATES)."""
 
     def __init__(
         self, root: Path | str, fps: float = 10, robot_type: str = "fr3", action_names: Sequence[str] = ARM_ACTION,
         state_names: Sequence[str] = ARM_STATE, cameras: dict[str, tuple[int, int]] | None = None,
-        resume: bool = False, episodes_per_file: int = 50,
+        resume: bool = False, episodes_per_file: int = 50, moving_camera: bool = False,
     ):  # fmt: skip
-        self.root, self.fps, self.robot_type = Path(root), fps, robot_type
+        self.root, self.fps, self.robot_type, self.moving_camera = Path(root), fps, robot_type, moving_camera
         self.action_names, self.state_names = tuple(action_names), tuple(state_names)
         scatter(np.zeros(len(self.action_names)), self.action_names, ACTION_NAMES)  # refuses unknown names
         scatter(np.zeros(len(self.state_names)), self.state_names, STATE_NAMES)
@@ -520,7 +736,7 @@ class LeRobotWriter:
         self.tasks: dict[str, int] = {}
         self.subtasks: dict[str, int] = {}
         self.episodes: list[dict] = []
-        self.values: dict[str, list[np.ndarray]] = {_ACTION: [], _STATE: []}  # of all episodes, for the statistics
+        self.statistics = DatasetStatistics(self.action_names, self.state_names, [stride_for(fps, hz) for hz in RATES])
         self.pending: list[tuple] = []
         self.videos: dict[str, _Video] = {}
         self.file = 0
@@ -549,28 +765,29 @@ class LeRobotWriter:
 
     def _continue(self) -> None:
         old = LeRobotReader(self.root)
-        here = (self.action_names, self.state_names, self.cameras, float(self.fps))
+        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera)
+        names = tuple(tuple(old.mapping.get(kind) or ()) for kind in ("action", "state"))
         sizes = {name: tuple(old.info["features"][key]["shape"][:2]) for name, key in old.mapping["images"].items()}
-        there = (old.action_names, old.state_names, sizes, float(old.fps))
+        there = (*names, sizes, float(old.fps), _CAMERA in old.info["features"])
         if here != there:
-            raise InputError(f"{self.root} holds columns, cameras and fps {there}, not {here}: choose another --out")
+            raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
+                             f"another --out")  # fmt: skip
         self.tasks = {t: i for i, t in enumerate(old.tasks)}
         self.subtasks = {t: i for i, t in enumerate(old.subtasks)}
         self.episodes = old.episodes
         self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1
-        for path in sorted((self.root / "data").rglob("*.parquet"))[: self.file]:  # a later one is an orphan of a kill
-            table = pq.read_table(path, columns=list(self.values))
-            for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names)):
-                self.values[key].append(LeRobotReader._array(table[key]).astype(np.float32).reshape(-1, len(names)))
+        for i in tqdm(range(old.num_episodes), "statistics so far", unit="episode", mininterval=1, leave=False):
+            self.statistics.add(old.episode(i))
         if old.info["total_episodes"] != len(self.episodes):
             self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
 
     def add_episode(
-        self, frames: dict[str, np.ndarray], action: np.ndarray, state: np.ndarray, task: str,
-        subtasks: Sequence[str] | None = None,
+        self, frames: dict[str, np.ndarray | Clip], action: np.ndarray, state: np.ndarray, task: str,
+        subtasks: Sequence[str] | None = None, camera: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        """One episode of n steps: frames[camera] uint8 (n, H, W, 3), action (n, A), state (n, S), the instruction, and
-        optionally the text of the present phase at each step. Raises InputError where shapes or values do not fit."""
+        """One episode of n steps: frames[camera] uint8 (n, H, W, 3) or a `Clip` of them, action (n, A), state (n, S),
+        the instruction, optionally the text of the present phase at each step, and with `moving_camera` the camera's
+        pose (n, 7). Raises InputError where shapes or values do not fit."""
         n, action, state = len(action), np.asarray(action, np.float32), np.asarray(state, np.float32)
         want = (n, len(self.action_names)), (n, len(self.state_names))
         if n < 2 or (action.shape, state.shape) != want:
@@ -581,15 +798,20 @@ class LeRobotWriter:
             raise InputError("episode without an instruction")
         if subtasks is not None and len(subtasks) != n:
             raise InputError(f"{len(subtasks)} subtask texts for {n} steps")
+        pose = None if camera is None else np.asarray(camera, np.float32)
+        if (camera is None) == self.moving_camera or camera is not None and np.shape(camera) != (n, 7):
+            raise InputError(f"camera poses {np.shape(camera)} for {n} steps, moving_camera={self.moving_camera}")
         for name, size in self.cameras.items():
             clip = frames.get(name, np.empty(0))
-            if clip.dtype != np.uint8 or clip.shape != (n, *size, 3):
-                raise InputError(f"camera {name}: {clip.dtype} {clip.shape}, expected uint8 {(n, *size, 3)}")
+            if getattr(clip, "dtype", np.uint8) != np.uint8 or clip.shape != (n, *size, 3):
+                raise InputError(f"camera {name}: frames {clip.shape}, expected uint8 {(n, *size, 3)}")
+        spaces = (action, self.action_names, ACTION_NAMES), (state, self.state_names, STATE_NAMES)
+        action, state = (gather(conform(scatter(*s), *s[1:], "episode whose {}"), *s[1:]) for s in spaces)
         for name, size in self.cameras.items():
             if name not in self.videos:
                 self.videos[name] = _Video(self._file(f"videos/{_IMAGE}{name}", "mp4"), size, self.fps)
             self.videos[name].add(frames[name])
-        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n))
+        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n, pose))
         if len(self.pending) >= self.episodes_per_file:
             self.flush()
 
@@ -602,7 +824,7 @@ class LeRobotWriter:
         file = {"chunk_index": self.file // 1000, "file_index": self.file % 1000}
         first = start = self.episodes[-1]["dataset_to_index"] if self.episodes else 0
         whole: dict[str, list] = {"frame_index": [], "episode_index": [], "task_index": [], "subtask_index": []}
-        for action, _, task, subtasks in self.pending:
+        for action, state, task, subtasks, camera in self.pending:
             n, e = len(action), len(self.episodes)
             whole["frame_index"] += range(n)
             whole["episode_index"] += [e] * n
@@ -617,13 +839,19 @@ class LeRobotWriter:
                 row |= {f"videos/{_IMAGE}{name}/{k}": v for k, v in (file | clock).items()}
             start += n
             self.episodes.append(row)
+            unified = {"action": scatter(action, self.action_names, ACTION_NAMES), "steps": n}
+            unified |= {"state": scatter(state, self.state_names, STATE_NAMES)}
+            self.statistics.add(unified | {"state_mask": np.isin(STATE_NAMES, self.state_names), "camera": camera})
         while self.videos:
             self.videos.popitem()[1].close()
         lists = {}
-        for k, key in enumerate(self.values):
-            values = np.concatenate([p[k] for p in self.pending])
-            self.values[key].append(values)
-            lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        for k, (key, names) in enumerate(((_ACTION, self.action_names), (_STATE, self.state_names))):
+            if names:
+                values = np.concatenate([p[k] for p in self.pending])
+                lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), len(names))
+        if self.moving_camera:
+            poses = np.concatenate([p[4] for p in self.pending])
+            lists[_CAMERA] = pa.FixedSizeListArray.from_arrays(pa.array(poses.ravel()), 7)
         seconds = np.array(whole["frame_index"]) / self.fps
         whole["index"] = range(first, start)
         integers = {k: pa.array(v, pa.int64()) for k, v in whole.items()}
@@ -637,11 +865,14 @@ class LeRobotWriter:
         _write_parquet(meta / "tasks.parquet", _text_table(self.tasks, "task_index"))
         _write_parquet(meta / "subtasks.parquet", _text_table(self.subtasks, "subtask_index"))
         _write_parquet(meta / "episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(self.episodes))
-        write_json(meta / "stats.json", {k: quantile_stats(np.concatenate(v)) for k, v in self.values.items()})
+        write_json(meta / "stats.json", self.statistics.result())
         features: dict[str, dict] = {
             key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
             for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names))
+            if names
         }
+        if self.moving_camera:
+            features[_CAMERA] = {"dtype": "float32", "shape": [7], "names": ["x", "y", "z", "qx", "qy", "qz", "qw"]}
         for key in ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index"):
             features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
         for name, (h, w) in self.cameras.items():
@@ -655,8 +886,23 @@ class LeRobotWriter:
             "total_tasks": len(self.tasks), "chunks_size": 1000, "splits": {"train": f"0:{len(self.episodes)}"},
             "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
             "data_path": f"data/{_CHUNK}.parquet", "video_path": f"videos/{{video_key}}/{_CHUNK}.mp4",
-            "features": features,
+            "action_free": not (self.action_names or self.state_names), "features": features,
         })  # fmt: skip
+
+
+def _rotations(columns: dict[str, np.ndarray], all_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Columns (n,) by name, with rotations told as `all_names` tells them: a mapping may also name Euler angles (state:
+    roll, pitch, yaw, extrinsic xyz) and rotation vectors (rx, ry, rz), where a side has all three."""
+    columns, euler = dict(columns), partial(Rotation.from_euler, "xyz")
+    own = ("qx", "qy", "qz", "qw") if all_names is STATE_NAMES else ("roll", "pitch", "yaw")
+    for side in _SIDES:
+        for told, read in ((("roll", "pitch", "yaw"), euler), (("rx", "ry", "rz"), Rotation.from_rotvec)):
+            names = [f"{side}_{n}" for n in told]
+            if names[0] not in all_names and all(n in columns for n in names):
+                turn = read(np.stack([columns.pop(n) for n in names], 1))
+                values = turn.as_quat() if all_names is STATE_NAMES else turn.as_euler("xyz")
+                columns |= {f"{side}_{n}": v for n, v in zip(own, values.T, strict=True)}
+    return columns
 
 
 class LeRobotReader:
@@ -666,7 +912,9 @@ class LeRobotReader:
     file (see `data/mappings/`), given as `PATH@MAPPING`: where `images`, `state` and `action` (relative) or `target`
     (absolute commanded pose, by the state's names) are found, each as {"column", "index", and optionally "scale" and
     "offset"}, and the `stats` that `python -m data.stats` puts there. A mapping with neither action nor target gives
-    the change of the state's pose from t to t+1 as the action.
+    the change of the state's pose from t to t+1 as the action; one with "state": {} and "action": {} says that there is
+    only video, whose windows have every action masked. Rotations may also be Euler angles or rotation vectors, named
+    right_roll, right_pitch, right_yaw or right_rx, right_ry, right_rz (state, target; the latter also action).
 
     Raises InputError for a missing path, column, camera or statistics, and DamagedEpisode for an episode whose video is
     absent, broken, cut short or of another resolution than info.json says, or whose numbers are incomplete or NaN."""
@@ -727,23 +975,26 @@ class LeRobotReader:
         hint = "columns must carry the unified names, or a mapping must name them: --data PATH@MAPPING (data/mappings)"
         if self.mapping_path:
             hint = f"{self.mapping_path} must name some of the columns {sorted(features)}"
-        if not m.get("state") and not m.get("action"):
+        video_only = self.info.get("action_free") or (self.mapping_path and m.get("state") == m.get("action") == {})
+        if not (m.get("state") or m.get("action") or video_only):
             raise InputError(f"{self.source}: neither `{_STATE}` nor `{_ACTION}` with names in meta/info.json; {hint}")
+        own = {}
         for kind, names in (("state", STATE_NAMES), ("action", ACTION_NAMES), ("target", STATE_NAMES)):
-            unknown = [n for n in m.get(kind) or {} if n not in names]
+            own[kind] = tuple(_rotations({n: np.zeros(1) for n in m.get(kind) or {}}, names))
+            unknown = [n for n in own[kind] if n not in names]
             absent = sorted({c["column"] for c in (m.get(kind) or {}).values()} - set(features))
             if unknown or absent:
                 raise InputError(f"{self.source}: {kind} has unknown names {unknown}, absent columns {absent}; {hint}")
         absent = [k for k in m.get("images", {}).values() if k not in features]
         if absent or not m.get("images"):
             raise InputError(f"{self.source}: no camera columns {absent or [_IMAGE + '*']} in meta/info.json; {hint}")
-        self.cameras, self.state_names = tuple(m["images"]), tuple(m.get("state") or {})
-        self.action_names = tuple(m.get("action") or self._names_from_poses())
+        self.cameras, self.state_names = tuple(m["images"]), own["state"]
+        self.action_names = own["action"] or tuple(self._names_from_poses(own["target"]))
 
-    def _names_from_poses(self) -> list[str]:
+    def _names_from_poses(self, target: Sequence[str]) -> list[str]:
         """Where actions are made from poses: translations and fingertips that both ends know, rotations whose whole
         quaternion they know, and the gripper, which is absolute, where the later end knows it."""
-        later = set(self.mapping.get("target") or self.state_names)
+        later = set(target or self.state_names)
         both = later & set(self.state_names)
         turns = {s for s in _SIDES if all(f"{s}_q{c}" in both for c in "xyzw")}
         known = lambda n: n.split("_")[0] in turns if n.endswith(("roll", "pitch", "yaw")) else n in both
@@ -786,9 +1037,8 @@ class LeRobotReader:
         """The action's and the state's normaliser. Composed actions (stride > 1) have statistics of their own.
 
         Raises InputError, naming the command that computes them, when the statistics are missing."""
-        none: dict[str, list] = {"q01": [], "q99": []}
-        key = _ACTION if stride == 1 else f"{_ACTION}.stride{stride}"
-        action = self.stats.get(key) if self.action_names else none
+        none = {"q01": [], "q99": []}  # of video without actions
+        action = self.stats.get(action_key(stride)) if self.action_names else none
         state = self.stats.get(_STATE) if self.state_names else none
         hint = self.source if stride == 1 else f"{self.source} --stride {stride}"
         return (
@@ -806,6 +1056,7 @@ class LeRobotReader:
             try:
                 names = pq.read_schema(path).names
                 wanted |= {"episode_index", "task_index"}
+                wanted |= {_CAMERA} & set(self.info["features"])
                 lacking = sorted(wanted - set(names))
                 if lacking:
                     raise InputError(f"{path} lacks the columns {lacking}: convert the data set again")
@@ -846,30 +1097,18 @@ class LeRobotReader:
         short = sorted({c["column"] for c in mapping.values() if c["index"] >= arrays[c["column"]].shape[1]})
         if short:
             raise InputError(f"{self.source}: columns {short} have fewer dimensions than names")
-        values = [
-            arrays[c["column"]][:, c["index"]] * c.get("scale", 1.0) + c.get("offset", 0.0) for c in mapping.values()
-        ]
-        out = scatter(np.stack(values, 1) if values else np.zeros((len(table), 0)), tuple(mapping), all_names)
+        read = lambda c: arrays[c["column"]][:, c["index"]] * c.get("scale", 1.0) + c.get("offset", 0.0)
+        values = _rotations({name: read(c) for name, c in mapping.items()}, all_names)
+        flat = np.stack(list(values.values()), 1) if values else np.zeros((len(table), 0))
+        out = scatter(flat, tuple(values), all_names)
         if not np.isfinite(out).all():
             raise DamagedEpisode(f"{self.source}: NaN or infinite {kind} in episode {i}: leave it out")
-        for side, a, s in _ARMS:
-            gripper = out[:, s + 7 if all_names is STATE_NAMES else a + 6]
-            if gripper.min() < -0.05 or gripper.max() > 1.05:
-                raise InputError(
-                    f"{self.source}: {side} gripper ({kind}) runs from {gripper.min():.3g} to {gripper.max():.3g}, and "
-                    "must from 0 (closed) to 1 (open): give scale and offset in a mapping"
-                )
-            np.clip(gripper, 0, 1, out=gripper)
-            if all_names is STATE_NAMES and f"{side}_qw" in mapping:
-                q = out[:, s + 3 : s + 7]
-                if (np.abs(np.linalg.norm(q, axis=1) - 1) > 0.05).any():
-                    raise InputError(f"{self.source}: {side} quaternion ({kind}) without length 1: map xyzw by name")
-                q *= np.where(q[:, 3:] < 0, -1.0, 1.0)  # a quaternion and its negative are the same rotation
-        return out
+        return conform(out, tuple(values), all_names, f"{self.source}: {{}} ({kind})")
 
     def episode(self, i: int) -> dict[str, Any]:
         """Episode i: action (n, 44), action_mask (44,), state (n, 46), state_mask (46,) in physical units, steps (how
-        many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none)."""
+        many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none),
+        and camera (n, 7), its pose in the frame of action and state where it moves, else None: see `seen_from`."""
         table = self._table(i)
         n = steps = len(table)
         state = self._columns(i, table, "state", STATE_NAMES)
@@ -889,6 +1128,7 @@ class LeRobotReader:
             "action": action.astype(np.float32), "action_mask": np.isin(ACTION_NAMES, self.action_names),
             "state": state.astype(np.float32), "state_mask": np.isin(STATE_NAMES, self.state_names),
             "steps": steps, "task": task, "subtask": subtask,
+            "camera": self._array(table[_CAMERA]) if _CAMERA in table.column_names else None,
         }  # fmt: skip
 
     def _change(self, state: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -922,17 +1162,19 @@ class LeRobotReader:
         missing, found = set(numbers), {}
         feature = self.info["features"][self.mapping["images"][camera]]
         listed = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
+        to_rgb = av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make its tables anew
         try:
             container = self._open(path)
             stream = container.streams.video[0]
+            base = float(stream.time_base)
             # A quarter frame past the wanted one, against rounding; from the start where a file's index misleads.
             for second in ((min(numbers) + 0.25) / self.fps, 0.0):
-                container.seek(int(second / stream.time_base), stream=stream, backward=True)
+                container.seek(int(second / base), stream=stream, backward=True)
                 for frame in container.decode(stream):
                     # A decoder makes something up where a picture is broken, and hands it on to those that follow.
                     if frame.is_corrupt or frame.pts is None:
                         raise OSError("a picture is broken")
-                    number = round(float(frame.pts * stream.time_base) * self.fps)
+                    number = round(frame.pts * base * self.fps)
                     h, w = frame.height, frame.width
                     if (h, w) != (listed.get("height", h), listed.get("width", w)):
                         raise DamagedEpisode(
@@ -940,7 +1182,7 @@ class LeRobotReader:
                             f"{listed['height']} x {listed['width']}: convert it again"
                         )
                     if number in missing:
-                        found[number] = frame.to_ndarray(format="rgb24")
+                        found[number] = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
                         missing.discard(number)
                     if not missing or number > max(missing):
                         break
@@ -1021,9 +1263,9 @@ class Windows(torch.utils.data.Dataset):
         actions         A_t  A_t+s ...               each the composition of s actions
         past the end    the last frame repeats, action_mask = False
 
-    Sample i draws from a generator seeded with (seed, i): first the data set by weight, then a frame uniformly. So the
-    stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing can
-    happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
+    Sample i is a function of (seed, i): the data set by weight (see `choose`), then one of its frames, uniformly. So
+    the stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing
+    can happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
         <view>        uint8 (frames, 3, size, size) for each view
         action        float32 (actions, 44), normalised; grippers 0 .. 1
         action_mask   bool (actions, 44)
@@ -1044,7 +1286,7 @@ class Windows(torch.utils.data.Dataset):
             raise InputError(f"--weights {list(weights)} for {len(sources)} --data sets: give each one, not all zero")
         self.readers = [LeRobotReader(s) for s in sources]
         self.views, self.actions, self.seed = views, actions, seed
-        self.strides = [max(1, round(r.fps / hz)) for r in self.readers]
+        self.strides = [stride_for(r.fps, hz) for r in self.readers]
         norms = [r.normalizers(s) for r, s in zip(self.readers, self.strides, strict=True)]
         self.action_norms, self.state_norms = [n[0] for n in norms], [n[1] for n in norms]
         self.chosen, self.ends = [], []
@@ -1068,6 +1310,8 @@ class Windows(torch.utils.data.Dataset):
         self.weights = np.array(weights or [e[-1] for e in self.ends], np.float64)  # default: every frame counts alike
         self.weights /= self.weights.sum()
         self.reported: set[str] = set()  # damage that a message has named
+        self.bounds = np.cumsum(self.weights)[:-1]  # of each data set's share of [0, 1)
+        self.phase = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
         self._episodes: OrderedDict[tuple[int, int], dict] = OrderedDict()
         if preload:
             for reader, ids in zip(self.readers, self.chosen, strict=True):
@@ -1085,7 +1329,9 @@ class Windows(torch.utils.data.Dataset):
     def summary(self) -> str:
         short = [int((r.lengths < 2).sum()) for r in self.readers]
         rows = [
-            f"  {r.source}: {len(ids)} episodes, {e[-1]} windows, {r.fps:g} Hz, stride {s}, weight {w:.3f}"
+            f"  {r.source}: {len(ids)} episodes, {r.lengths[ids].sum() / r.fps / 3600:.3g} hours, {e[-1]} windows, "
+            f"{r.fps:g} Hz, stride {s}, weight {w:.3f}"
+            + ("" if r.action_names else ", video without actions")
             + (f"; {n} of one frame left out" if n else "")
             for r, ids, e, s, w, n in zip(
                 self.readers, self.chosen, self.ends, self.strides, self.weights, short, strict=True
@@ -1102,17 +1348,23 @@ class Windows(torch.utils.data.Dataset):
 
     def draw(self, index: int, pictures: bool = True) -> dict[str, Any]:
         """Sample `index` of the stream, on request without its pictures. Where it falls on a damaged episode, another
-        window is drawn, as (seed, index, attempt) decides. Raises InputError after 100 attempts."""
-        damaged: list[str] = []
+        window of the same data set is drawn, as (seed, index, attempt) decides. Raises InputError after 100 attempts."""
+        d, damaged = self.choose(index), []
         while len(damaged) < 100:
             rng = np.random.default_rng([self.seed, index, len(damaged)])
-            d = int(rng.choice(len(self.readers), p=self.weights))
             try:
                 sample = self.window(d, int(rng.integers(self.ends[d][-1])), pictures)
                 return sample | {"index": index, "damaged": "\n".join(damaged)}
             except DamagedEpisode as error:
                 damaged.append(" ".join(str(error).split()))
         raise InputError(f"100 draws in a row fell on damaged episodes, the last: {damaged[-1]}")
+
+    def choose(self, index: int) -> int:
+        """The data set of sample `index`: steps of the golden ratio through [0, 1), from a place that the seed gives.
+        Any run of n samples holds each data set weight * n times to within two or three, where independent draws would
+        be off by sqrt(n). As integers modulo 2^64, so that it is exact for any index."""
+        at = (index * 0x9E3779B97F4A7C15 + self.phase) % 2**64 / 2**64
+        return int(np.searchsorted(self.bounds, at, side="right"))
 
     def window(self, d: int, k: int, pictures: bool = True) -> dict[str, Any]:
         """The k-th window of data set d, on request without its pictures, which are the slow part. Raises
@@ -1129,8 +1381,13 @@ class Windows(torch.utils.data.Dataset):
         starts = t + stride * np.arange(self.actions)
         inside = starts + stride <= ep["steps"]
         action[inside] = strided_actions(ep, starts[inside], stride)
+        state = ep["state"][t]
+        if ep["camera"] is not None:  # the frame of all actions of a window is that of its first frame's camera
+            once = lambda row: np.repeat(row[None], self.actions, 0)
+            action, states = seen_from(once(ep["camera"][t]), action, once(state))
+            state = states[0]
         mask = torch.from_numpy(inside[:, None] & ep["action_mask"])
-        state, state_mask = torch.from_numpy(ep["state"][t]), torch.from_numpy(ep["state_mask"])
+        state, state_mask = torch.from_numpy(state), torch.from_numpy(ep["state_mask"])
         sample: dict[str, Any] = {
             "action": torch.where(mask, self.action_norms[d].normalize(torch.from_numpy(action)), 0.0),
             "action_mask": mask, "state_mask": state_mask,
@@ -1141,7 +1398,7 @@ class Windows(torch.utils.data.Dataset):
             wanted = [min(t + f * stride, n - 1) for f in range(view.frames)]
             unique = sorted(set(wanted))
             images = reader.pictures(i, view.camera, unique, view.size)
-            sample[name] = images[[unique.index(f) for f in wanted]]
+            sample[name] = images if unique == wanted else images[[unique.index(f) for f in wanted]]
         return sample
 
 
@@ -1586,9 +1843,9 @@ def load_args(args_type: type, meta: dict[str, Any]) -> Any:
 def check_resume(checkpoint: Path, windows: Windows) -> None:
     """Raises InputError when the data sets are no longer those that a checkpoint was trained on."""
     then, now = load_meta(checkpoint)["statistics"], json.loads(json.dumps(windows.statistics()))
-    if changed := [source for source in now if then.get(source) != now[source]]:
-        raise InputError(f"the data at {changed} have other statistics than when {checkpoint} was trained: put back "
-                         f"the data set that it saw, or choose another --out")
+    if changed := [source for source in then | now if then.get(source) != now.get(source)]:
+        raise InputError(f"the data at {changed} have other statistics than when {checkpoint} was trained, or were not "
+                         f"there, or no longer are: put back the data that it saw, or choose another --out")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

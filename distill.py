@@ -53,6 +53,7 @@ from torch import Tensor, nn
 
 import common
 from common import InputError, Process, View, Windows
+from data import mixture
 from lam import LAM, count, load_lam
 
 # Shapes: B batch, K camera views, T frames, H x H pixels, n tokens of an image, L positions, N = Ns + Nm latent tokens,
@@ -64,9 +65,10 @@ IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
 @dataclass
 class Args:
     data: tuple[str, ...] = ("datasets/pretrain",)
-    """LeRobot data sets: PATH, or PATH@MAPPING for columns named otherwise (see data/mappings). (Sec. 6.3)"""
+    """LeRobot data sets: PATH, PATH@MAPPING for columns named otherwise (see data/mappings), or a folder with those of
+    Table 6 (see data/mixture.py). (Sec. 6.3)"""
     weights: tuple[float, ...] = ()
-    """Sampling weight of each data set; none: every frame counts alike."""
+    """Sampling weight of each --data; none: every frame counts alike, but a folder's data sets as in Table 6."""
     lam: str = "runs/paper/lam"
     """The teacher: a run folder or checkpoint of lam.py."""
     out: str = "runs/paper/distill"
@@ -361,7 +363,8 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
     t = teacher_args
     views = {"video": View(t.camera, t.frames, t.image_size), "first": View(t.camera, 1, image_size)}
     seed = args.seed + (1 if split == "train" else 10_001)  # other windows than stage 1 drew
-    return Windows(args.data, views, t.frames - 1, t.hz, seed, args.weights, split if args.val_every else "all",
+    sources, weights = mixture.expand(args.data, args.weights)
+    return Windows(sources, views, t.frames - 1, t.hz, seed, weights, split if args.val_every else "all",
                    args.val_every, preload=args.preload)  # fmt: skip
 
 
@@ -416,7 +419,7 @@ def train(args: Args, process: Process) -> None:
             "latent_dim": latent_dim, "teacher": taught, "camera": teacher_args.camera, "hz": teacher_args.hz,
             "statistics": windows.statistics()}  # fmt: skip
     if process.main:
-        print(windows.summary())
+        print(mixture.summary(args.data, windows))
         print(f"inherited from {args.lam}, step {taught['step']} of {teacher_args.steps}: {tokens[0]} + {tokens[1]} "
               f"tokens of width {latent_dim}, {teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "

@@ -58,6 +58,7 @@ from torch.utils.checkpoint import checkpoint
 
 import common
 from common import GRIPPERS, MOTION, InputError, Process, View, Windows
+from data import mixture
 
 # Shapes: B batch, T frames, A = T-1 action steps, L text positions, N latent tokens (Ns scene, Nm motion), D their
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
@@ -84,9 +85,10 @@ PURE_NOISE = 0.5  # share of samples at s = 1, where actions are read out (our c
 @dataclass
 class Args:
     data: tuple[str, ...] = ("datasets/pretrain",)
-    """LeRobot data sets: PATH, or PATH@MAPPING for columns named otherwise (see data/mappings)."""
+    """LeRobot data sets: PATH, PATH@MAPPING for columns named otherwise (see data/mappings), or a folder with those of
+    Table 6 (see data/mixture.py)."""
     weights: tuple[float, ...] = ()
-    """Sampling weight of each data set; none: every frame counts alike."""
+    """Sampling weight of each --data; none: every frame counts alike, but a folder's data sets as in Table 6."""
     out: str = "runs/paper/lam"
     """Run folder: log and checkpoints."""
     resume: bool = False
@@ -670,7 +672,8 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
 def make_windows(args: Args, split: str) -> Windows:
     views = {"video": View(args.camera, args.frames, args.image_size)}
     seed = args.seed if split == "train" else args.seed + 10_000
-    return Windows(args.data, views, args.frames - 1, args.hz, seed, args.weights, split if args.val_every else "all",
+    sources, weights = mixture.expand(args.data, args.weights)
+    return Windows(sources, views, args.frames - 1, args.hz, seed, weights, split if args.val_every else "all",
                    args.val_every, preload=args.preload)  # fmt: skip
 
 
@@ -712,7 +715,7 @@ def train(args: Args, process: Process) -> None:
     meta = {"stage": "lam", "args": asdict(args), "encoder_config": model.encoder.config.to_dict(),
             "decoder_config": dict(model.decoder.config), "statistics": windows.statistics()}  # fmt: skip
     if process.main:
-        print(windows.summary())
+        print(mixture.summary(args.data, windows))
         print(f"parameters: encoder {count(model.encoder):.2f} M, decoder {count(model.decoder):.2f} M, "
               f"trained {count(model, trained=True):.2f} M; commit {common.git_commit()}")  # fmt: skip
     shard(model, process)

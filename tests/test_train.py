@@ -210,7 +210,8 @@ def test_importing_does_nothing(tmp_path):
 
 
 ALLOWED = {
-    "common": set(), "lam": {"common"}, "distill": {"common", "lam"}, "finetune": {"common", "lam", "distill"},
+    "common": set(), "lam": {"common", "data"}, "distill": {"common", "data", "lam"},
+    "finetune": {"common", "lam", "distill"},
     "evaluate": {"common", "lam", "distill", "finetune", "franka"}, "franka": {"common"},
 }  # fmt: skip
 
