@@ -150,10 +150,13 @@ def plot(ax: Axes, name: str, unit: str, lines: list[tuple[str, str]], episode: 
         values = episode[kind][:, (STATE_NAMES if kind == "state" else ACTION_NAMES).index(column)]
         style = {"color": COLOURS[k // 3 if "fingertips" in name else k % 5], "lw": 1.2}
         if kind == "action":
-            at = episode["steps"]
-            ax.step(time[:at], values[:at], where="post", label=f"{column}{' (action)' if both else ''}", **style)
+            held = np.append(values[: episode["steps"]], values[episode["steps"] - 1])
+            edges = np.append(time, 2 * time[-1] - time[-2])[: len(held)]
+            ax.step(edges, held, where="post", label=f"{column}{' (action)' if both else ''}", **style)
         else:
             ax.plot(time, values, label=f"{column}{' (state)' if both else ''}", **style)
+    if unit.startswith("0"):
+        ax.set_ylim(-0.05, 1.05)
     shown = ax.get_legend_handles_labels()
     if "fingertips" in name:  # a colour a finger: x, y and z look alike here
         shown = [list(h)[::3] for h in shown]

@@ -5,7 +5,8 @@
 
     datasets/pretrain/fractal20220817_data/      a LeRobot data set with our names, as the converters write it
     datasets/pretrain/droid/                     a LeRobot data set of others (or a link to one) ...
-    datasets/pretrain/droid.json                 ... and beside it the mapping that reads it, with its statistics
+    datasets/pretrain/droid.json                 ... and beside it the mapping that reads it: a copy from data/mappings,
+                                                 so that `python -m data.stats` can put the statistics there
 
 Any folder can stand for datasets/pretrain: `--data FOLDER` is a mixture where FOLDER is no data set itself. Data sets
 are known by the names of TABLE6; one that is not in it has no weight, and is named and left out.
