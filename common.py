@@ -1348,7 +1348,7 @@ class Windows(torch.utils.data.Dataset):
 
     def draw(self, index: int, pictures: bool = True) -> dict[str, Any]:
         """Sample `index` of the stream, on request without its pictures. Where it falls on a damaged episode, another
-        window of the same data set is drawn, as (seed, index, attempt) decides. Raises InputError after 100 attempts."""
+        window of the same data set is drawn, as (seed, index, attempt) decides. InputError after 100 attempts."""
         d, damaged = self.choose(index), []
         while len(damaged) < 100:
             rng = np.random.default_rng([self.seed, index, len(damaged)])
