@@ -438,7 +438,8 @@ class LeRobotWriter:
         self.tasks: dict[str, int] = {}
         self.subtasks: dict[str, int] = {}
         self.episodes: list[dict] = []
-        self.values: dict[str, list[np.ndarray]] = {_ACTION: [], _STATE: []}  # of all episodes, for the statistics
+        self.names = {k: v for k, v in ((_ACTION, self.action_names), (_STATE, self.state_names)) if v}
+        self.values: dict[str, list[np.ndarray]] = {k: [] for k in self.names}  # of all episodes, for the statistics
         self.pending: list[tuple] = []
         self.videos: dict[str, _Video] = {}
         self.file = 0
@@ -478,7 +479,7 @@ class LeRobotWriter:
         self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1
         for path in sorted((self.root / "data").rglob("*.parquet"))[: self.file]:  # a later one is an orphan of a kill
             table = pq.read_table(path, columns=list(self.values))
-            for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names)):
+            for key, names in self.names.items():
                 self.values[key].append(LeRobotReader._array(table[key]).astype(np.float32).reshape(-1, len(names)))
         if old.info["total_episodes"] != len(self.episodes):
             self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
@@ -511,6 +512,16 @@ class LeRobotWriter:
         if len(self.pending) >= self.episodes_per_file:
             self.flush()
 
+    def add_part(self, part: Path, rows: list[tuple]) -> None:
+        """Takes over what a writer in another process has written to `part`, as one file: its videos are moved, and
+        `rows` is what its `pending` held before it was closed."""
+        for name in self.cameras:
+            video = self._file(f"videos/{_IMAGE}{name}", "mp4")
+            video.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part / video.parent.parent.relative_to(self.root) / "chunk-000/file-000.mp4", video)
+        self.pending = rows
+        self.flush()
+
     def _file(self, folder: str, suffix: str) -> Path:
         part = _CHUNK.format(chunk_index=self.file // 1000, file_index=self.file % 1000)
         return self.root / f"{folder}/{part}.{suffix}"
@@ -538,8 +549,8 @@ class LeRobotWriter:
         while self.videos:
             self.videos.popitem()[1].close()
         lists = {}
-        for k, key in enumerate(self.values):
-            values = np.concatenate([p[k] for p in self.pending])
+        for key in self.names:
+            values = np.concatenate([p[key == _STATE] for p in self.pending])
             self.values[key].append(values)
             lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
         seconds = np.array(whole["frame_index"]) / self.fps
@@ -558,7 +569,7 @@ class LeRobotWriter:
         write_json(meta / "stats.json", {k: quantile_stats(np.concatenate(v)) for k, v in self.values.items()})
         features: dict[str, dict] = {
             key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
-            for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names))
+            for key, names in self.names.items()
         }
         for key in ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index"):
             features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
