@@ -1,6 +1,7 @@
 """RLDS to LeRobot: reads TFDS tfrecords, Open X-Embodiment's format, without TensorFlow.
 
     python -m data.rlds datasets/bridge_dataset/1.0.0 --out runs/data/bridge
+    python -m data.rlds datasets/droid/1.0.1 --row droid --out runs/data/droid --workers 32
     python lam.py --tiny --data runs/data/bridge --out runs/bridge/lam
 
     SOURCE_DIR/dataset_info.json        splits, shards and how many episodes each holds
@@ -9,22 +10,42 @@
         record    = u64 length | u32 masked crc32c(length) | data | u32 masked crc32c(data)      (little-endian)
         Example   = features (1) { map<name, Feature> (1) };  Feature = bytes (1) | floats (2) | int64s (3)
 
-Reads SOURCE_DIR, writes a LeRobot v3.0 data set with the unified names of `common`. What differs between data sets is
-the table SOURCES below; a data set that is not in it is refused, because a guessed gripper sign or rotation is worse
-than none. `--resume` goes on after the last episode that was written whole; nothing is converted twice.
+Reads SOURCE_DIR, writes a LeRobot v3.0 data set with the unified names of `common` into --out, and nothing elsewhere.
+What differs between data sets is the table SOURCES: the 26 sets of Open X-Embodiment in the paper's Table 6, DROID, and
+the older copy of Bridge. A set without a row is refused: a guessed gripper sign or rotation is worse than none.
+
+What is wrong with a file stops the conversion: a missing shard, a record that is cut short or fails its checksum,
+another number of episodes than dataset_info.json says. What came before is kept; `--resume` goes on once the file is
+whole. What is wrong with an episode leaves it out, by name and reason, in meta/rlds.json of --out and on the terminal:
+no instruction, fewer than two steps, NaN or infinity, features of different lengths or ragged where columns must be, a
+picture that does not decode or has another size, a gripper outside [0, 1], a quaternion without length 1.
 
 Conventions (common): action[t] = commanded target at t relative to the pose measured at t, base frame, rotation as the
-extrinsic xyz Euler angles of R_target R^T; gripper 1 = open, absolute; state quaternions xyzw.
+extrinsic xyz Euler angles of R_target R^T; gripper 1 = open, absolute; state quaternions xyzw. Pictures are stored as
+they come, none is turned or mirrored; an odd last row or column is cut off, because h264 needs even sizes.
 """
 
+import collections
+import contextlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
@@ -32,41 +53,239 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
-from common import ARM_ACTION, ARM_STATE, InputError, LeRobotWriter, run_main, write_json
+from common import ARM_ACTION, ARM_STATE, InputError, LeRobotWriter, at_least, read_json, run_main, write_json
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants: what each data set means
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Part(NamedTuple):
+    """Columns start:stop of a feature, all of them by default, times `scale`. `kind` says what they are:
+
+    rotations   "xyz", "zxy": extrinsic Euler angles in this order; "quat": xyzw; "rotvec": axis times angle;
+                "rotvec sum": to be added to the measured "rotvec", which gives the target's
+    grippers    "open": 1 = open, as it is; "clip": the same, clipped to [0, 1]; "invert": 1 - g; "clip invert";
+                "binarise": above 0.95 open, below 0.05 closed, in between the next decided value;
+                "relative": above 0.1 closes, below -0.1 opens, else keeps; it starts as the first change implies"""
+
+    feature: str
+    start: int | None = None
+    stop: int | None = None
+    kind: str = ""
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class Source:
-    """How to read one data set of Open X-Embodiment. Feature names are relative to "steps/"."""
+    """How to read one data set. Names of features are relative to "steps/"."""
 
     robot: str
     hz: float
     cameras: dict[str, str]
     """Our camera name -> image feature."""
-    text: str
-    """The instruction."""
-    state: str
-    """The measured pose: columns 0-2 position in metres, 3-5 extrinsic xyz Euler angles, 6 gripper, 1 = open."""
-    action: str
-    """The command: columns 0-2 translation in metres, 3-5 extrinsic xyz Euler angles of R_target R^T, 6 gripper."""
-    gripper: Literal["binarise", "invert"]
-    """binarise: above 0.95 open, below 0.05 closed, in between the next decided value; invert: 1 - clip(g, 0, 1)."""
+    text: tuple[str, ...]
+    """The instruction: the first of these that is not empty. Bytes, or code points up to a NUL."""
+    move: Part
+    """The command: translation, base frame. Axes that it lacks are never commanded: zero."""
+    turn: Part | None
+    """The command: rotation. None: never commanded, zero."""
+    grip: Part | float
+    """The command: gripper; a number for robots without one, or that never move it."""
+    position: Part | None = None
+    """The measured position in metres; x and y alone are possible."""
+    rotation: Part | None = None
+    """The measured rotation."""
+    opening: Part | None = None
+    """The measured gripper."""
     drop_first: bool = False
     """The first step's action is a placeholder."""
+    informative: bool = True
+    """False: Octo blanks the instruction as uninformative. It is kept, as OpenVLA does (our choice)."""
 
 
+def _cameras(primary: str, wrist: str = "", secondary: str = "") -> dict[str, str]:
+    names = {"primary": primary, "secondary": secondary, "wrist": wrist}
+    return {camera: f"observation/{name}" for camera, name in names.items() if name}
+
+
+LANGUAGE, NATURAL = ("language_instruction",), ("observation/natural_language_instruction",)
+VECTORS = {"move": Part("action/world_vector"), "turn": Part("action/rotation_delta", kind="xyz")}
+FLAT = {"move": Part("action", 0, 3), "turn": Part("action", 3, 6, "xyz")}
+FLAT_QUAT = {"move": Part("action", 0, 3), "turn": Part("action", 3, 7, "quat")}
+CLOSEDNESS = "action/gripper_closedness_action"
+
+# Sources. Image keys, encodings and gripper rules: Octo's oxe_dataset_configs.py and oxe_standardization_transforms.py
+# at 241fb35; droid, fmb_dataset and dobbe: OpenVLA's transforms.py. Rates: any4lerobot's openx2lerobot at 6937315.
+# Documented widths, frames and state columns: the TFDS catalogue, "catalogue" below.
+#
+# Only Bridge has been checked on recordings. What is not certain:
+# - Units. The catalogue says "delta" without a unit; a comment names the sets whose commands look like a controller's
+#   scaled inputs rather than metres and radians. Quantiles per set absorb a scale, but not the mixture of both units
+#   when strided actions are composed through measured poses: those sets are given without a pose.
+# - Rotations of kind "xyz" are passed on as they are stored. That they are Euler angles of R_target R^T, and not
+#   differences of Euler angles or another order, is documented for few sets.
+# - A pose or a gripper is left out where its layout, order or sign is not documented.
 SOURCES = {
-    # Keys and gripper rule: Octo's oxe_dataset_configs.py and oxe_standardization_transforms.py at 241fb35. Rotation:
-    # read off the recordings. The commands follow the measured change of pose at t best (correlation of the three
-    # angles 0.95, 0.81, 0.90) as R2 R1^T in the base frame, and worse as a difference of Euler angles (0.93, 0.72,
-    # 0.88). They are commands: pose + action is a median 4 mm from the next measured pose, at most 19 mm.
+    # Displacements "in base-relative frame" (catalogue). Quaternion as xyzw: usual for this set, not documented.
+    "fractal20220817_data": Source(
+        "google_robot", 3, _cameras("image"), NATURAL, **VECTORS, grip=Part(CLOSEDNESS, kind="relative"),
+        position=Part("observation/base_pose_tool_reached", 0, 3),
+        rotation=Part("observation/base_pose_tool_reached", 3, 7, "quat"),
+        opening=Part("observation/gripper_closed", kind="invert"),
+    ),
+    # The state is zlib-compressed bytes. Quaternion as for fractal.
+    "kuka": Source(
+        "kuka_iiwa", 10, _cameras("image"), NATURAL, **VECTORS, grip=Part(CLOSEDNESS, kind="relative"),
+        position=Part("observation/clip_function_input/base_pose_tool_reached", 0, 3),
+        rotation=Part("observation/clip_function_input/base_pose_tool_reached", 3, 7, "quat"),
+        opening=Part("observation/gripper_closed", kind="invert"), informative=False,
+    ),
+    # BridgeData V2's own release. Rotation read off the recordings: the commands follow the measured change of pose
+    # best (correlation of the three angles 0.95, 0.81, 0.90) as R2 R1^T in the base frame, and worse as a difference of
+    # Euler angles (0.93, 0.72, 0.88). They are commands: pose + action is a median 4 mm from the next measured pose, at
+    # most 19 mm. Octo and OpenVLA put the measured change in their place; we keep the commands (our choice).
     "bridge_dataset": Source(
-        robot="widowx", hz=5, cameras={"primary": "observation/image_0"}, text="language_instruction",
-        state="observation/state", action="action", gripper="binarise", drop_first=True,
+        "widowx", 5, _cameras("image_0", secondary="image_1"), LANGUAGE, **FLAT,
+        grip=Part("action", 6, 7, "binarise"), position=Part("observation/state", 0, 3),
+        rotation=Part("observation/state", 3, 6, "xyz"), opening=Part("observation/state", 6, 7, "clip"),
+        drop_first=True,
+    ),
+    # Open X-Embodiment's older copy of Bridge. OpenVLA drops its first step too, Octo does not; it is kept here.
+    "bridge": Source(
+        "widowx", 5, _cameras("image"), NATURAL, **VECTORS, grip=Part("action/open_gripper", kind="open"),
+        position=Part("observation/state", 0, 3), rotation=Part("observation/state", 3, 6, "xyz"),
+        opening=Part("observation/state", 6, 7, "clip"),
+    ),
+    # The catalogue contradicts itself on the gripper ("open_gripper (-1 is open gripper, 1 is close)") and names the
+    # angles yaw, pitch, roll: the sign and the order are Octo's. Controller units, as far as known.
+    "taco_play": Source(
+        "franka", 15, _cameras("rgb_static", "rgb_gripper"), NATURAL, move=Part("action/rel_actions_world", 0, 3),
+        turn=Part("action/rel_actions_world", 3, 6, "xyz"), grip=Part("action/rel_actions_world", 6, 7, "clip"),
+    ),
+    # The rotation is never commanded. The pose's last four columns are undocumented; Octo: three angles, a gripper.
+    "jaco_play": Source(
+        "jaco2", 10, _cameras("image", "image_wrist"), NATURAL, move=Part("action/world_vector"), turn=None,
+        grip=Part(CLOSEDNESS, kind="relative"), position=Part("observation/end_effector_cartesian_pos", 0, 3),
+    ),
+    # No gripper command: 0, as in Octo. Velocities (catalogue), their scale unknown. Octo reads robot_state as joints,
+    # its authors' script wrote a pose.
+    "berkeley_cable_routing": Source(
+        "franka", 10, _cameras("image", "wrist45_image", "top_image"), NATURAL, **VECTORS, grip=0.0, informative=False,
+    ),
+    "roboturk": Source(
+        "sawyer", 10, _cameras("front_rgb"), NATURAL, **VECTORS, grip=Part(CLOSEDNESS, kind="clip invert"),
+        informative=False,
+    ),
+    # Controller units, as far as known.
+    "viola": Source(
+        "franka", 20, _cameras("agentview_rgb", "eye_in_hand_rgb"), NATURAL, **VECTORS,
+        grip=Part(CLOSEDNESS, kind="clip invert"), informative=False,
+    ),
+    # Quaternion as xyzw: not documented.
+    "berkeley_autolab_ur5": Source(
+        "ur5", 5, _cameras("image", "hand_image"), NATURAL, **VECTORS, grip=Part(CLOSEDNESS, kind="relative"),
+        position=Part("observation/robot_state", 6, 9), rotation=Part("observation/robot_state", 9, 13, "quat"),
+    ),
+    # Its rotation may follow another convention: look at its q01 and q99.
+    "toto": Source(
+        "franka", 30, _cameras("image"), NATURAL, **VECTORS, grip=Part("action/open_gripper", kind="open"),
+        informative=False,
+    ),
+    # Pushes in the plane, without a gripper: 1. Its axes may differ from the base frame's.
+    "language_table": Source(
+        "xarm", 10, _cameras("rgb"), ("observation/instruction",), move=Part("action", 0, 2), turn=None, grip=1.0,
+        position=Part("observation/effector_translation", 0, 2),
+    ),
+    "stanford_hydra_dataset_converted_externally_to_rlds": Source(
+        "franka", 10, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "invert"),
+        position=Part("observation/state", 0, 3), rotation=Part("observation/state", 7, 10, "xyz"), informative=False,
+    ),
+    # Controller units, as far as known.
+    "austin_buds_dataset_converted_externally_to_rlds": Source(
+        "franka", 20, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "clip invert"),
+        informative=False,
+    ),
+    # Seven joint velocities, dxyz, drpy, gripper, terminate (catalogue).
+    "nyu_franka_play_dataset_converted_externally_to_rlds": Source(
+        "franka", 3, _cameras("image", secondary="image_additional_view"), LANGUAGE, move=Part("action", -8, -5),
+        turn=Part("action", -5, -2, "xyz"), grip=Part("action", -2, -1, "clip"),
+        position=Part("observation/state", -6, -3), rotation=Part("observation/state", -3, None, "xyz"),
+        informative=False,
+    ),
+    "furniture_bench_dataset_converted_externally_to_rlds": Source(
+        "franka", 10, _cameras("image", "wrist_image"), LANGUAGE, **FLAT_QUAT, grip=Part("action", 7, 8, "clip invert"),
+        position=Part("observation/state", 0, 3), rotation=Part("observation/state", 3, 7, "quat"),
+    ),
+    # "End-effector position and orientation" (catalogue): deltas, as Octo reads it, or targets? Look at q01 and q99.
+    "ucsd_kitchen_dataset_converted_externally_to_rlds": Source(
+        "xarm", 2, _cameras("image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "open"),
+    ),
+    # Controller units, as far as known. The same for sirius.
+    "austin_sailor_dataset_converted_externally_to_rlds": Source(
+        "franka", 20, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "clip invert"),
+        informative=False,
+    ),
+    "austin_sirius_dataset_converted_externally_to_rlds": Source(
+        "franka", 20, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "clip invert"),
+        informative=False,
+    ),
+    # The catalogue has no delta here, and angles "calculated with scipy as_euler("zxy")": the action is read as Octo
+    # does, unverified; the state as documented.
+    "dlr_edan_shared_control_converted_externally_to_rlds": Source(
+        "edan", 5, _cameras("image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "invert"),
+        position=Part("observation/state", 0, 3), rotation=Part("observation/state", 3, 6, "zxy"),
+    ),
+    # "End-effector position, quaternion" (catalogue): deltas, as Octo reads it, or targets? Look at q01 and q99.
+    "iamlab_cmu_pickup_insert_converted_externally_to_rlds": Source(
+        "franka", 20, _cameras("image", "wrist_image"), LANGUAGE, **FLAT_QUAT, grip=Part("action", 7, 8, "open"),
+    ),
+    # Controller units, as far as known.
+    "utaustin_mutex": Source(
+        "franka", 20, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "clip invert"),
+        informative=False,
+    ),
+    # No gripper command: the measured one, inverted as Octo does. The catalogue calls it "gripper open status", which
+    # would be the other sign. The order of the pose's quaternion is not documented.
+    "berkeley_fanuc_manipulation": Source(
+        "fanuc", 10, _cameras("image", "wrist_image"), LANGUAGE, **FLAT, grip=Part("observation/state", 6, 7, "invert"),
+        position=Part("observation/end_effector_state", 0, 3),
+    ),
+    # "ee pos, ee rot" (catalogue): deltas, as Octo reads it, or targets? Look at q01 and q99.
+    "cmu_stretch": Source(
+        "stretch", 10, _cameras("image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "open"),
+    ),
+    # The first of ten waypoints. The residual is "a 3D delta to add to the current axis angle" (catalogue); Octo takes
+    # it for Euler angles. Version 0.1.0; OpenVLA finds later ones broken.
+    "bc_z": Source(
+        "google_robot", 10, _cameras("image"), NATURAL, move=Part("action/future/xyz_residual", 0, 3),
+        turn=Part("action/future/axis_angle_residual", 0, 3, "rotvec sum"),
+        grip=Part("action/future/target_close", 0, 1, "invert"), position=Part("observation/present/xyz"),
+        rotation=Part("observation/present/axis_angle", kind="rotvec"),
+        opening=Part("observation/present/sensed_close", kind="invert"),
+    ),
+    # Gripper unchanged, so its sign is the set's own. Angles may be differences, with jumps at +-pi. Versions differ in
+    # the pose: Euler angles or a quaternion.
+    "fmb_dataset": Source(
+        "franka", 10, _cameras("image_side_1", "image_wrist_1", "image_side_2"), LANGUAGE, **FLAT,
+        grip=Part("action", 6, 7, "open"),
+    ),
+    # A hand-held gripper with one camera, at the wrist; OpenVLA calls it primary. Gripper as stored; sign unverified.
+    "dobbe": Source(
+        "stretch", 3.75, _cameras("wrist_image"), LANGUAGE, **FLAT, grip=Part("action", 6, 7, "open"),
+    ),
+    # The action feature itself is joint velocities. cartesian_velocity is the change of pose, with R_target R^T, over
+    # the most that one step allows, 0.075 m and 0.15 rad (droid/robot_ik/robot_ik_solver.py): scaled back here. Where
+    # dataset_info.json has another name (r2d2_faceblur, as far as known), give --row droid.
+    "droid": Source(
+        "franka", 15, _cameras("exterior_image_1_left", "wrist_image_left", "exterior_image_2_left"),
+        ("language_instruction", "language_instruction_2", "language_instruction_3"),
+        move=Part("action_dict/cartesian_velocity", 0, 3, scale=0.075),
+        turn=Part("action_dict/cartesian_velocity", 3, 6, "xyz", scale=0.15),
+        grip=Part("action_dict/gripper_position", kind="invert"),
+        position=Part("observation/cartesian_position", 0, 3),
+        rotation=Part("observation/cartesian_position", 3, 6, "xyz"),
+        opening=Part("observation/gripper_position", kind="invert"),
     ),
 }  # fmt: skip
 
@@ -77,10 +296,16 @@ class Args:
     """folder of the RLDS data set: the one that holds features.json and the tfrecords"""
     out: str = "runs/data/rlds"
     """folder of the LeRobot data set to write"""
+    row: str = ""
+    """row of the table to read it by, where the set's own name in dataset_info.json is another"""
     limit: int = 0
-    """convert this many episodes; 0: all (our choice)"""
+    """convert the first so many episodes; 0: all (our choice)"""
     split: str = "all"
     """train, val, another split of dataset_info.json, or all of them (our choice)"""
+    cameras: tuple[str, ...] = ("primary", "wrist")
+    """which to convert, of those that the row has; some have a `secondary` (our choice)"""
+    workers: int = 0
+    """processes that convert; 0: one for each core (our choice)"""
     resume: bool = False
     """go on after the last episode that --out holds"""
 
@@ -130,14 +355,15 @@ def masked_crc32c(data: bytes) -> int:
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def records(path: Path) -> Iterator[bytes]:
-    """The records of a tfrecord file. Raises InputError naming file and record when the file is cut short or a checksum
-    does not fit."""
+def records(path: Path, start: int = 0) -> Iterator[bytes]:
+    """The records of a tfrecord file from number `start` on; those before are stepped over. Raises InputError naming
+    file and record when the file is cut short or a checksum does not fit."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise InputError(f"cannot open {path}: {error.strerror}; download the data set again") from None
     with file:
+        end = os.fstat(file.fileno()).st_size
         for number in itertools.count():
             wrong, head = f"record {number} of {path}", file.read(12)
             if not head:
@@ -145,9 +371,13 @@ def records(path: Path) -> Iterator[bytes]:
             if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
                 raise InputError(f"{wrong} is damaged: no valid header; download the file again")
             (length,) = struct.unpack("<Q", head[:8])
+            left = end - file.tell()
+            if left < length + 4:
+                raise InputError(f"{wrong} is cut short: {left} of {length + 4} bytes; download the file again")
+            if number < start:
+                file.seek(length + 4, os.SEEK_CUR)
+                continue
             body = file.read(length + 4)
-            if len(body) < length + 4:
-                raise InputError(f"{wrong} is cut short: {len(body)} of {length + 4} bytes; download the file again")
             if masked_crc32c(body[:-4]) != struct.unpack("<I", body[-4:])[0]:
                 raise InputError(f"{wrong} is damaged: the checksum of its {length} bytes differs; download it again")
             yield body[:-4]
@@ -195,7 +425,7 @@ def parse_example(data: bytes) -> dict[str, np.ndarray | list[bytes]]:
     for _, features in _fields(memoryview(data)):
         for _, entry in _fields(features):
             pair = dict(_fields(entry))
-            name = bytes(pair[1]).decode()
+            name = memoryview(pair[1]).tobytes().decode()
             for kind, values in _fields(pair.get(2, memoryview(b""))):
                 if kind == 1:
                     out[name] = [bytes(v) for _, v in _fields(values)]
@@ -219,60 +449,120 @@ def parse_example(data: bytes) -> dict[str, np.ndarray | list[bytes]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def feature_shapes(root: Path) -> dict[str, tuple[int, ...]]:
-    """Shape per step of every feature under "steps", by its name there: (7,) for an action, () for a text."""
+class Feature(NamedTuple):
+    """What features.json says of one feature, per step: (7,) for an action, () for a text; -1 is a ragged dimension."""
 
-    def walk(node: dict, prefix: str) -> dict[str, tuple[int, ...]]:
+    shape: tuple[int, ...]
+    dtype: str
+    encoding: str
+    """"none", or "bytes" and "zlib" for tensors that are stored as bytes."""
+
+
+def read_features(root: Path) -> dict[str, Feature]:
+    """The features under "steps", by their names there."""
+
+    def walk(node: dict, prefix: str, lead: tuple[int, ...]) -> dict[str, Feature]:
         if "featuresDict" in node:
             children = node["featuresDict"]["features"].items()
-            return {k: v for name, child in children for k, v in walk(child, f"{prefix}{name}/").items()}
+            return {k: v for name, child in children for k, v in walk(child, f"{prefix}{name}/", lead).items()}
+        if "sequence" in node:
+            return walk(node["sequence"]["feature"], prefix, (*lead, int(node["sequence"].get("length", -1))))
         kind = node.get("image") or node.get("tensor") or {}
-        return {prefix.rstrip("/"): tuple(int(d) for d in kind.get("shape", {}).get("dimensions", []))}
+        shape = tuple(int(d) for d in kind.get("shape", {}).get("dimensions", []))
+        feature = Feature((*lead, *shape), kind.get("dtype", "string"), kind.get("encoding", "none"))
+        return {prefix.rstrip("/"): feature}
 
-    tree = _json(root / "features.json")["featuresDict"]["features"]
-    if "sequence" not in tree.get("steps", {}):
-        raise InputError(f"{root}/features.json has no `steps`, only {sorted(tree)}: this is no RLDS data set")
-    return walk(tree["steps"]["sequence"]["feature"], "")
+    try:
+        tree = _json(root / "features.json")["featuresDict"]["features"]
+        if "sequence" not in tree.get("steps", {}):
+            raise InputError(f"{root}/features.json has no `steps`, only {sorted(tree)}: this is no RLDS data set")
+        return walk(tree["steps"]["sequence"]["feature"], "", ())
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{root}/features.json is not TFDS's ({error!r}): download it again") from None
 
 
-def shards(root: Path, split: str) -> list[tuple[Path, int]]:
-    """The tfrecord files of a split (or of all), in order, and how many episodes each holds."""
-    info = _json(root / "dataset_info.json")
-    known = [s["name"] for s in info["splits"]]
-    if split not in (*known, "all"):
-        raise InputError(f"no split {split!r} in {root}: it has {known} (or --split all)")
-    files = []
-    for s in info["splits"]:
-        lengths = [int(n) for n in s["shardLengths"]]
-        template = s.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        for k, n in enumerate(lengths if split in (s["name"], "all") else []):
-            parts = {"DATASET": info["name"], "SPLIT": s["name"], "FILEFORMAT": info.get("fileFormat", "tfrecord")}
-            name = template.format(**parts, SHARD_INDEX=k, SHARD_X_OF_Y=f"{k:05d}-of-{len(lengths):05d}")
-            files.append((root / name, n))
+class Span(NamedTuple):
+    """Episodes start:stop of a file that holds `length` of them."""
+
+    path: Path
+    length: int
+    start: int
+    stop: int
+
+
+def shards(root: Path, split: str) -> list[Span]:
+    """The tfrecord files of a split (or of all), in order, whole. Raises InputError for an unknown split, for missing
+    files, and for names that lead out of the folder."""
+    info, files = _json(root / "dataset_info.json"), []
+    try:
+        known = [s["name"] for s in info["splits"]]
+        if split not in (*known, "all"):
+            raise InputError(f"no split {split!r} in {root}: it has {known} (or --split all)")
+        if (kind := info.get("fileFormat") or "tfrecord") != "tfrecord":
+            raise InputError(f"{root} holds {kind} files: download the data set as tfrecord")
+        for s in info["splits"]:
+            lengths = [int(n) for n in s["shardLengths"]]
+            if min(lengths, default=0) < 0:
+                raise ValueError(f"shardLengths {min(lengths)}")
+            template = s.get("filepathTemplate") or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+            for k, n in enumerate(lengths if split in (s["name"], "all") else []):
+                parts = {"DATASET": info["name"], "SPLIT": s["name"], "FILEFORMAT": "tfrecord"}
+                parts["SHARD_X_OF_Y"] = f"{k:05d}-of-{len(lengths):05d}"
+                name = re.sub(r"{(\w+)}", lambda m, parts=parts: parts[m[1]], template)
+                if Path(name).name != name:
+                    raise InputError(f"{root}/dataset_info.json names a file outside its folder: {name!r}")
+                files.append(Span(root / name, n, 0, n))
+    except InputError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{root}/dataset_info.json is not TFDS's ({error!r}): download it again") from None
+    if missing := [f.path.name for f in files if f.length and not f.path.exists()]:
+        some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
+        raise InputError(f"{len(missing)} of {len(files)} files are missing in {root}: {some}; download them again")
     return files
 
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"cannot read {path}: {error}; give the folder with features.json and the tfrecords, as in "
-            "`python -m data.rlds datasets/bridge_dataset/1.0.0 --out runs/data/bridge`"
-        ) from None
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+        error: object = "no JSON object"
+    except (OSError, ValueError) as e:
+        error = e
+    raise InputError(
+        f"cannot read {path}: {error}; give the folder with features.json and the tfrecords, as in "
+        "`python -m data.rlds datasets/bridge_dataset/1.0.0 --out runs/data/bridge`"
+    )
 
 
-def episodes(root: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """("record N of FILE", features) of each episode. Raises InputError for damaged and incomplete files."""
-    for path, length in shards(root, split):
-        number = -1
-        for number, record in enumerate(records(path)):
+def spans(files: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """Where the episodes start:stop of a whole data set are."""
+    ends = itertools.accumulate(f.length for f in files)
+    cut = [f._replace(start=max(start - e + f.length, 0), stop=min(stop - e + f.length, f.length))
+           for f, e in zip(files, ends, strict=True)]  # fmt: skip
+    return [f for f in cut if f.start < f.stop]
+
+
+def episodes(where: Sequence[Span]) -> Iterator[tuple[str, dict]]:
+    """("FILE record N", features) of each episode. Raises InputError for damaged and incomplete files."""
+    for path, length, start, stop in where:
+        number, wrong = start, f"where dataset_info.json has {length}: download both again"
+        for record in records(path, start):
+            if number == length:
+                raise InputError(f"{path} holds more episodes than {length}, {wrong}")
+            if number == stop:
+                break
             try:
-                yield f"record {number} of {path}", parse_example(record)
-            except (ValueError, KeyError, IndexError) as error:
+                example = parse_example(record)
+            except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise InputError(f"record {number} of {path} is no tf.train.Example: {error}") from None
-        if number + 1 != length:
-            raise InputError(f"{path} holds {number + 1} episodes, dataset_info.json says {length}: download it again")
+            yield f"{path.name} record {number}", example
+            number += 1
+        if number < stop:
+            raise InputError(f"{path} ends after {number} episodes, {wrong}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,53 +570,259 @@ def episodes(root: Path, split: str) -> Iterator[tuple[str, dict]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def open_gripper(values: np.ndarray, rule: str) -> np.ndarray:
-    """Gripper commands (n,) as 1 = open, 0 = closed, by a rule of `Source.gripper`."""
-    if rule == "invert":
-        return 1 - np.clip(values, 0, 1)
-    decided, out = np.where(values > 0.95, 1.0, np.where(values < 0.05, 0.0, np.nan)), np.empty(len(values))
-    later = 1.0 if values[-1] >= 0.5 else 0.0  # an end without decision: the nearer of the two
-    for t in range(len(values) - 1, -1, -1):
-        later = later if np.isnan(decided[t]) else decided[t]
-        out[t] = later
+def state_names(source: Source) -> tuple[str, ...]:
+    """Which columns of the state a data set has, by their unified names."""
+    axes = 0 if source.position is None else (source.position.stop or 3) - (source.position.start or 0)
+    return (*ARM_STATE[:axes], *ARM_STATE[3 : 7 if source.rotation else 3], *ARM_STATE[7 : 8 if source.opening else 7])
+
+
+def check_row(source: Source, features: dict[str, Feature], root: Path) -> dict[str, tuple[int, int]]:
+    """Height and width of each camera. Raises InputError where features.json lacks what the row needs."""
+    turns = {"quat": 4}
+    parts = [(source.move, 3), (source.position, 3), (source.grip, 1), (source.opening, 1)]
+    parts += [(p, turns.get(p.kind, 3)) for p in (source.turn, source.rotation) if p]
+    parts = [(p, width) for p, width in parts if isinstance(p, Part)]
+    keys = [source.text[0], *source.cameras.values(), *(p.feature for p, _ in parts)]
+    if absent := sorted(set(keys) - set(features)):
+        raise InputError(f"{root}/features.json lacks {absent}; it has {sorted(features)}: another version of the set?")
+    for part, width in parts:
+        shape = features[part.feature].shape
+        if min(shape, default=1) < 0:
+            continue  # ragged: each episode is looked at
+        if part.start is not None and part.stop is not None:
+            width = part.stop - part.start
+        have = len(range(math.prod(shape))[part.start : part.stop])
+        if have != width:
+            raise InputError(f"{root}/features.json: {part.feature} is {shape}, and {part} needs {width} columns of it")
+    sizes = {camera: features[key].shape for camera, key in source.cameras.items()}
+    if wrong := {c: s for c, s in sizes.items() if len(s) != 3 or s[2] != 3 or min(s) < 2}:
+        raise InputError(f"{root}/features.json: cameras {wrong} are not (height, width, 3)")
+    return {camera: (h, w) for camera, (h, w, _) in sizes.items()}
+
+
+def values(example: dict, part: Part, features: dict[str, Feature], steps: int) -> np.ndarray:
+    """The columns of a part, (steps, k). Raises ValueError where the episode does not have them."""
+    name, feature = f"steps/{part.feature}", features[part.feature]
+    flat, width = example.get(name), math.prod(feature.shape)
+    if f"{name}/ragged_flat_values" in example:
+        flat, lengths = example[f"{name}/ragged_flat_values"], example[f"{name}/ragged_row_lengths_0"]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"{name} is ragged: {min(lengths)} to {max(lengths)} values a step")
+        width = len(flat) // steps
+    if isinstance(flat, list):
+        flat = np.concatenate([_tensor(data, feature) for data in flat])
+    if flat is None or not width or len(flat) != steps * width:
+        have = "absent" if flat is None else f"{len(flat)} values"
+        raise ValueError(f"{name} is {have}, not {steps} steps of {width}")
+    out = flat.reshape(steps, width)[:, part.start : part.stop].astype(np.float64) * part.scale
+    if not np.isfinite(out).all():
+        raise ValueError(f"{name} has NaN or infinity")
     return out
 
 
-def instruction(example: dict, source: Source) -> str:
-    texts = example.get(f"steps/{source.text}") or [b""]
-    return texts[0].decode().strip()
+def _tensor(data: bytes, feature: Feature) -> np.ndarray:
+    """A tensor that is stored as bytes: "zlib" and "bytes" in features.json."""
+    dtype = np.dtype(feature.dtype).newbyteorder("<")
+    size = math.prod(feature.shape) * dtype.itemsize
+    try:  # no more than is needed: a few bytes can unfold to gigabytes
+        raw = data if feature.encoding == "bytes" else zlib.decompressobj().decompress(data, size + 1)
+    except zlib.error as error:
+        raise ValueError(f"zlib: {error}") from None
+    return np.frombuffer(raw, dtype)
 
 
-def convert(example: dict, source: Source, shapes: dict[str, tuple[int, ...]], where: str) -> dict[str, Any]:
-    """An episode as `LeRobotWriter.add_episode` takes it: frames, action (n, 7), state (n, 8), task.
+def instruction(example: dict, source: Source, steps: int) -> str:
+    """The text of the first step. Numbers are code points, padded with NUL."""
+    for name in source.text:
+        texts = example.get(f"steps/{name}", example.get(f"steps/{name}/ragged_flat_values"))
+        if isinstance(texts, np.ndarray):
+            lengths = example.get(f"steps/{name}/ragged_row_lengths_0", [len(texts) // steps])
+            text = "".join(map(chr, texts[: lengths[0]])).split("\0")[0]
+            text.encode()  # refuses half of a surrogate pair
+        else:
+            text = texts[0].decode() if texts else ""
+        if text.strip():
+            return text.strip()
+    return ""
 
-    Raises InputError, naming the record, when a feature is missing or does not fit."""
 
-    def numbers(name: str) -> np.ndarray:
-        width, flat = shapes[name][0], example.get(f"steps/{name}")
-        if not isinstance(flat, np.ndarray) or len(flat) % width or len(flat) < 2 * width:
-            have = "absent" if flat is None else f"{len(flat)} values, not several steps of {width}"
-            raise InputError(f"{where}: steps/{name} is {have}; the file does not fit its features.json")
-        return flat.reshape(-1, width).astype(np.float64)
+def open_gripper(g: np.ndarray, rule: str) -> np.ndarray:
+    """Gripper values (n,) as 1 = open, 0 = closed, by a rule of `Part.kind`. Raises ValueError outside [0, 1]."""
+    if rule == "relative":
+        change = np.where(g < -0.1, 1.0, np.where(g > 0.1, 0.0, np.nan))
+        changes = change[~np.isnan(change)]
+        return _hold(change, 1 - changes[0] if len(changes) else 1.0)  # closing at first means: it was open
+    if rule == "binarise":
+        decided = np.where(g > 0.95, 1.0, np.where(g < 0.05, 0.0, np.nan))
+        return _hold(decided[::-1], float(g[-1] >= 0.5))[::-1]  # an end without decision: the nearer of the two
+    if "clip" in rule:
+        g = np.clip(g, 0, 1)
+    g = 1 - g if "invert" in rule else g
+    if g.min() < -0.05 or g.max() > 1.05:  # what common.LeRobotReader takes
+        raise ValueError(f"gripper from {g.min():.3g} to {g.max():.3g}, not from 0 (closed) to 1 (open)")
+    return g
 
-    raw, command = numbers(source.state), numbers(source.action)
-    n, first = len(raw), int(source.drop_first)
-    images = {camera: example.get(f"steps/{key}") or [] for camera, key in source.cameras.items()}
-    counts = {"state": n, "action": len(command), **{k: len(v) for k, v in images.items()}}
-    if len(set(counts.values())) > 1:
-        raise InputError(f"{where}: steps differ between features: {counts}")
-    quaternion = Rotation.from_euler("xyz", raw[:, 3:6]).as_quat(canonical=True)
-    action = np.concatenate([command[:, :6], open_gripper(command[:, 6], source.gripper)[:, None]], 1)
-    state = np.concatenate([raw[:, :3], quaternion, np.clip(raw[:, 6:7], 0, 1)], 1)
-    decode = lambda data: np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+def _hold(decided: np.ndarray, before: float) -> np.ndarray:
+    """Fills each NaN with the last value before it."""
+    out = np.empty(len(decided))
+    for t, value in enumerate(decided):
+        before = out[t] = before if np.isnan(value) else value
+    return out
+
+
+def rotation(columns: np.ndarray, kind: str) -> Rotation:
+    """Rotations from columns (n, 3 or 4) of a kind of `Part`. Raises ValueError for a quaternion without length 1."""
+    if kind == "rotvec":
+        return Rotation.from_rotvec(columns)
+    if kind == "quat":
+        if (off := np.abs(np.linalg.norm(columns, axis=1) - 1).max()) > 0.05:
+            raise ValueError(f"a quaternion's length is off by {off:.3g}")
+        return Rotation.from_quat(columns)
+    return Rotation.from_euler(kind, columns)
+
+
+def picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """A JPEG or PNG as uint8 (H, W, 3), its odd last row and column cut off. Raises ValueError."""
     try:
-        frames = {camera: np.stack([decode(data) for data in files[first:]]) for camera, files in images.items()}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{where}: an image cannot be decoded: {error}") from None
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        if (image.height, image.width) != size:
+            raise ValueError(f"{image.height} x {image.width}, not {size[0]} x {size[1]} as in features.json")
+        return np.asarray(image.convert("RGB"))[: size[0] // 2 * 2, : size[1] // 2 * 2]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: a bad PNG is bad syntax
+        raise ValueError(f"a picture of {len(data)} bytes does not decode: {error}") from None
+
+
+def convert(
+    example: dict, source: Source, features: dict[str, Feature], sizes: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    """An episode as `LeRobotWriter.add_episode` takes it: frames, action (n, 7), state (n, up to 8), task. Raises
+    InputError, with the reason to leave it out."""
+    n, first = len(example.get("steps/is_first", ())), int(source.drop_first)
+    columns = lambda part: values(example, part, features, n)
+    try:
+        if n - first < 2:
+            raise ValueError(f"{n} steps{', the first one a placeholder' * first}: too short")
+        if not (task := instruction(example, source, n)):
+            raise ValueError("no instruction")
+        action, state = np.zeros((n, 7)), []
+        move = columns(source.move)
+        action[:, : move.shape[1]] = move
+        if source.turn and source.turn.kind == "xyz":
+            action[:, 3:6] = columns(source.turn)
+        elif source.turn and source.turn.kind == "rotvec sum":
+            now = columns(source.rotation)
+            turn = Rotation.from_rotvec(now + columns(source.turn)) * Rotation.from_rotvec(now).inv()
+            action[:, 3:6] = turn.as_euler("xyz")
+        elif source.turn:
+            action[:, 3:6] = rotation(columns(source.turn), source.turn.kind).as_euler("xyz")
+        grip = source.grip
+        action[:, 6] = open_gripper(columns(grip)[:, 0], grip.kind) if isinstance(grip, Part) else grip
+        if source.position:
+            state.append(columns(source.position))
+        if source.rotation:
+            state.append(rotation(columns(source.rotation), source.rotation.kind).as_quat(canonical=True))
+        if source.opening:
+            state.append(open_gripper(columns(source.opening)[:, 0], source.opening.kind)[:, None])
+        files = {camera: example.get(f"steps/{key}", ()) for camera, key in source.cameras.items()}
+        if wrong := {camera: len(f) for camera, f in files.items() if len(f) != n}:
+            raise ValueError(f"pictures {wrong} for {n} steps")
+        frames = {camera: np.stack([picture(data, sizes[camera]) for data in f[first:]]) for camera, f in files.items()}
+    except (ValueError, KeyError, IndexError, TypeError) as error:  # the last three: not of the type in features.json
+        raise InputError(str(error) if isinstance(error, ValueError) else repr(error)) from None
+    state = np.concatenate(state, 1) if state else np.zeros((n, 0))
     return {
         "frames": frames, "action": action[first:].astype(np.float32), "state": state[first:].astype(np.float32),
-        "task": instruction(example, source),
+        "task": task,
     }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In parallel: each job writes one file of the data set, and the parent takes the finished ones over, in order
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """What became of a job."""
+
+    rows: list[tuple]
+    """its episodes, as `LeRobotWriter.add_part` takes them; the pictures are in its folder"""
+    records: int
+    """how many episodes of the source it looked at"""
+    left_out: list[tuple[int, str, str]]
+    """which of them are left out: number, name, reason"""
+    error: str
+    """what stopped it, or nothing"""
+
+
+def open_writer(folder: Path | str, source: Source, sizes: dict[str, tuple[int, int]], **options) -> LeRobotWriter:
+    even = {camera: (h // 2 * 2, w // 2 * 2) for camera, (h, w) in sizes.items()}
+    return LeRobotWriter(folder, source.hz, source.robot, ARM_ACTION, state_names(source), even, **options)
+
+
+_ticks: Any = None  # in a worker: the shared counter of episodes; negative: stop
+
+
+def _start(ticks: Any, parent: int) -> None:
+    """Sets a worker up. Ctrl-C is the parent's business; without the parent it ends, also if that was killed."""
+    global _ticks
+    _ticks = ticks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def work(
+    folder: Path, where: list[Span], source: Source, features: dict[str, Feature], sizes: dict[str, tuple[int, int]]
+) -> Done:
+    """Converts some episodes into a data set of one file."""
+    left_out, count, error = [], 0, ""
+    with open_writer(folder, source, sizes, episodes_per_file=1 << 30) as writer:
+        try:
+            for name, example in episodes(where):
+                if _ticks.value < 0:
+                    break
+                try:
+                    writer.add_episode(**convert(example, source, features, sizes))
+                except InputError as reason:
+                    left_out.append((count, name, str(reason)))
+                count += 1
+                with _ticks.get_lock():
+                    _ticks.value += _ticks.value >= 0
+        except InputError as problem:
+            error = str(problem)
+        rows = list(writer.pending)
+    return Done(rows, count, left_out, error)
+
+
+def in_order(work: Callable, jobs: Sequence[tuple], workers: int, bar: tqdm) -> Iterator[Any]:
+    """work(*job) of each job, by several processes, in the jobs' order; the bar counts episodes. No more than two jobs
+    a worker are ahead of what has been taken."""
+    context = multiprocessing.get_context("fork")
+    ticks, queue, todo = context.Value("q", 0), collections.deque[Future](), iter(jobs)
+    pool = ProcessPoolExecutor(workers, context, _start, (ticks, os.getpid()))
+    try:
+        while True:
+            queue.extend(pool.submit(work, *job) for job in itertools.islice(todo, 2 * workers - len(queue)))
+            if not queue:
+                return
+            while not queue[0].done():
+                wait(list(queue)[:1], 0.2)
+                bar.update(ticks.value - bar.n)
+            bar.update(ticks.value - bar.n)
+            yield queue.popleft().result()
+    except BrokenProcessPool:
+        raise InputError("a worker died, perhaps for want of memory: the same command with --resume and fewer "
+                         "--workers goes on") from None  # fmt: skip
+    finally:
+        with ticks.get_lock():
+            ticks.value = -1
+        pool.shutdown(cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -336,39 +832,63 @@ def convert(example: dict, source: Source, shapes: dict[str, tuple[int, ...]], w
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m data.rlds", description=__doc__)
-    root, name = Path(args.source), _json(Path(args.source) / "dataset_info.json").get("name")
-    if name not in SOURCES:
-        raise InputError(f"{root} is the data set {name!r}; known are {sorted(SOURCES)}: add a row to data/rlds.py")
-    source, shapes = SOURCES[name], feature_shapes(root)
-    keys = [source.state, source.action, source.text, *source.cameras.values()]
-    if set(keys) - set(shapes):
-        raise InputError(f"{root}/features.json lacks {sorted(set(keys) - set(shapes))}; it has {sorted(shapes)}")
-    cameras = {camera: (shapes[key][0], shapes[key][1]) for camera, key in source.cameras.items()}
-    total = sum(n for _, n in shards(root, args.split))
-    seen = silent = 0
-    with LeRobotWriter(args.out, source.hz, source.robot, ARM_ACTION, ARM_STATE, cameras, args.resume) as writer:
-        origin = {"name": name, "split": args.split}
-        note = Path(args.out) / "meta/rlds.json"
-        if note.exists() and _json(note) != origin:
-            raise InputError(f"{args.out} was begun from {_json(note)}, not from {origin}: choose another --out")
-        note.parent.mkdir(parents=True, exist_ok=True)
-        write_json(note, origin)
-        done = writer.num_episodes
-        for where, example in tqdm(episodes(root, args.split), name, total, unit="episode", mininterval=1):
-            if args.limit and seen - silent >= args.limit:
-                break
-            seen += 1
-            # Parsed but not decoded: which episodes came before is counted anew, so that there is nothing to go stale.
-            if not instruction(example, source):
-                silent += 1
-            elif seen - silent > done:
-                writer.add_episode(**convert(example, source, shapes, where))
+    at_least(args, limit=0, workers=0)
+    root, out = Path(args.source), Path(args.out)
+    name = str(_json(root / "dataset_info.json").get("name"))
+    if (row := args.row or name) not in SOURCES:
+        raise InputError(f"{root} is the data set {name!r}; known are {sorted(SOURCES)}: give the one that it is as "
+                         f"--row, or add a row to data/rlds.py")  # fmt: skip
+    source, features, files = SOURCES[row], read_features(root), shards(root, args.split)
+    source = replace(source, cameras={k: v for k, v in source.cameras.items() if k in args.cameras})
+    if not source.cameras:
+        raise InputError(f"--cameras {args.cameras}: {row} has {list(SOURCES[row].cameras)}")
+    sizes, total = check_row(source, features, root), sum(f.length for f in files)
+    end = min(args.limit or total, total)
+    per_file = max(10, -(-total // 400))  # (our choice) all metadata are written again for each file: some 400 at most
+    with open_writer(out, source, sizes, resume=args.resume) as writer:
+        path, parts, old = out / "meta/rlds.json", out / "videos/parts", writer.num_episodes
+        origin = {"name": name, "row": row, "split": args.split}
+        log = read_json(path) if path.exists() else {"from": origin if not old else None, "files": [], "left_out": []}
+        if log["from"] != origin:
+            raise InputError(f"{out} was begun from {log['from']}, not from {origin}: choose another --out")
+        # Before each new file the log says how many episodes of the source are accounted for with it. An entry that
+        # the data set does not reach is of a run that died in between: its episodes are converted now.
+        log["files"] = [f for f in log["files"] if f["episodes"] <= old]
+        done = log["files"][-1]["records"] if log["files"] else 0
+        log["left_out"] = [r for r in log["left_out"] if r["number"] < done]
+        shutil.rmtree(parts, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        jobs = [
+            (parts / f"{a:08d}", spans(files, a, min(a + per_file, end)), source, features, sizes)
+            for a in range(done, end, per_file)
+        ]
+        workers = args.workers or len(os.sched_getaffinity(0))
+        bar = tqdm(total=max(0, end - done), desc=row, unit="episode", mininterval=1)
+        try:
+            with bar, contextlib.closing(in_order(work, jobs, workers, bar)) as results:
+                for (folder, *_), result in zip(jobs, results, strict=True):
+                    log["left_out"] += [{"number": done + k, "episode": e, "why": why} for k, e, why in result.left_out]
+                    done += result.records
+                    log["files"].append({"records": done, "episodes": writer.num_episodes + len(result.rows)})
+                    write_json(path, log)
+                    if result.rows:
+                        writer.add_part(folder, result.rows)
+                    if result.error:
+                        kept = f"{out} keeps {writer.num_episodes} episodes, --resume goes on"
+                        raise InputError(f"{result.error}; {kept}")
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
+    left_out = [f"{r['episode']}: {r['why']}" for r in log["left_out"]]
+    if left_out:
+        print(f"left out {len(left_out)} of {done} episodes, all listed in {path}:", *left_out[:10], sep="\n  ")
     if not writer.num_episodes:
-        raise InputError(f"{root}: none of {seen} episodes has an instruction; nothing was written")
+        raise InputError(f"{root}: none of {done} episodes could be used: see {path}")
+    vague = "" if source.informative else "\nOcto finds this set's instructions uninformative and blanks them"
     print(
-        f"{args.out}: {writer.num_episodes} episodes ({writer.num_episodes - done} new), "
-        f"{writer.episodes[-1]['dataset_to_index']} steps at {source.hz:g} Hz, cameras {cameras}; left out {silent} "
-        f"episodes without an instruction\nnext: python lam.py --tiny --data {args.out} --out runs/{name}/lam"
+        f"{out}: {writer.num_episodes} episodes ({writer.num_episodes - old} new), "
+        f"{writer.episodes[-1]['dataset_to_index']} steps at {source.hz:g} Hz, cameras {writer.cameras}{vague}\nnext: "
+        + (f"python -m data.stats {out} --stride {stride} && " if (stride := round(source.hz / 10)) > 1 else "")
+        + f"python lam.py --tiny --data {out} --out runs/{row}/lam"
     )
 
 

@@ -1,12 +1,8 @@
-"""The data path: LeRobot writer and reader, windows and the stream, the RLDS converter, mappings and statistics."""
+"""The data path: LeRobot writer and reader, windows and the stream, mappings and statistics."""
 
-import io
 import itertools
 import json
-import re
 import shutil
-import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,13 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, make_episode, write_set
-from PIL import Image
+from conftest import make_episode, write_set
 from scipy.spatial.transform import Rotation
 
 import common
 from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError, LeRobotReader, View, Windows
-from data import rlds, stats
+from data import stats
 
 VIEWS = {"frames": View("primary", 4, 32)}
 
@@ -730,230 +725,7 @@ def test_stats_command_on_a_native_set(copy, capsys, monkeypatch):
     Windows([copy], VIEWS, 3, 5, 0)
 
 
-# -- RLDS ---------------------------------------------------------------------------------------------------------
-
-
-def varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    out = b""
-    while value > 127:
-        out, value = out + bytes([value & 127 | 128]), value >> 7
-    return out + bytes([value])
-
-
-def field(number: int, data: bytes) -> bytes:
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def encode(features: dict, packed: bool) -> bytes:
-    """A tf.train.Example, written by the specification of protocol buffers: an encoder apart from the parser."""
-    entries = b""
-    for name, values in features.items():
-        if isinstance(values[0], bytes):
-            kind, body = 1, b"".join(field(1, v) for v in values)
-        elif isinstance(values[0], float):
-            raw = [struct.pack("<f", v) for v in values]
-            kind, body = 2, field(1, b"".join(raw)) if packed else b"".join(b"\x0d" + r for r in raw)
-        else:
-            raw = [varint(v) for v in values]
-            kind, body = 3, field(1, b"".join(raw)) if packed else b"".join(b"\x08" + r for r in raw)
-        entries += field(1, field(1, name.encode()) + field(2, field(kind, body)))
-    return field(1, entries)
-
-
-def crc32c_slowly(data: bytes) -> int:
-    """Bit by bit, from the definition."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def frame(data: bytes) -> bytes:
-    def mask(crc: int) -> bytes:
-        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
-
-    head = struct.pack("<Q", len(data))
-    return head + mask(crc32c_slowly(head)) + data + mask(crc32c_slowly(data))
-
-
-def test_crc32c():
-    unmask = lambda v: (lambda r: (r >> 17 | r << 15) & 0xFFFFFFFF)((v - 0xA282EAD8) & 0xFFFFFFFF)
-    assert unmask(rlds.masked_crc32c(b"123456789")) == 0xE3069283  # the check value of CRC-32C
-    assert unmask(rlds.masked_crc32c(bytes(32))) == 0x8A9136AA  # RFC 3720, B.4
-    rng = np.random.default_rng(0)
-    for size in (4, 5, 255, 256, 257, 512, 1000, 5000):
-        data = rng.integers(0, 256, size, np.uint8).tobytes()
-        assert unmask(rlds.masked_crc32c(data)) == crc32c_slowly(data), size
-
-
-FEATURES = {"a": [0.5, -2.25, 3.0], "b": [1, -5, 2**62, -(2**63)], "c": [b"", b"xyz", bytes(300)], "d/é": [7]}
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_examples_packed_and_unpacked(tmp_path, packed):
-    path = tmp_path / "x.tfrecord"
-    path.write_bytes(frame(encode(FEATURES, packed)) * 2)
-    read = [rlds.parse_example(r) for r in rlds.records(path)]
-    assert len(read) == 2 and read[0].keys() == FEATURES.keys()
-    assert read[1]["a"].dtype == np.float32 and read[1]["a"].tolist() == FEATURES["a"]
-    assert read[1]["b"].tolist() == FEATURES["b"] and read[1]["c"] == FEATURES["c"]
-
-
-def test_damaged_records_name_file_and_record(tmp_path):
-    path, good = tmp_path / "x.tfrecord", frame(encode(FEATURES, True))
-    for damage, text in (
-        (good + good[:-20], "record 1 of .*x.tfrecord is cut short"),
-        (good + good[:5], "record 1 of .*x.tfrecord is damaged: no valid header"),
-        (good + good[:60] + bytes([good[60] ^ 4]) + good[61:], "record 1 of .*x.tfrecord is damaged: the checksum"),
-        (good + bytes([good[0] ^ 1]) + good[1:], "record 1 of .*x.tfrecord is damaged: no valid header"),
-    ):
-        path.write_bytes(damage)
-        with pytest.raises(InputError, match=text):
-            list(rlds.records(path))
-    path.write_bytes(frame(b"\xff\xff\xff\xff no message"))
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"name": "x", "splits": [
-        {"name": "train", "shardLengths": ["1"], "filepathTemplate": "{DATASET}.tfrecord"}]}))  # fmt: skip
-    with pytest.raises(InputError, match="record 0 of .* is no tf.train.Example"):
-        list(rlds.episodes(tmp_path, "train"))
-    path.write_bytes(b"")
-    with pytest.raises(InputError, match="holds 0 episodes, dataset_info.json says 1"):
-        list(rlds.episodes(tmp_path, "all"))
-    with pytest.raises(InputError, match="no split 'val'"):
-        list(rlds.episodes(tmp_path, "val"))
-
-
-def test_gripper_rule():
-    """Octo's: in-between values take the later decided one."""
-    g = np.array([1, 0.97, 0.6, 0.3, 0.01, 0.5, 0.7, 0.99, 0.6])
-    assert rlds.open_gripper(g, "binarise").tolist() == [1, 1, 0, 0, 0, 1, 1, 1, 1]
-    assert rlds.open_gripper(np.array([0, 1, 1.2]), "invert").tolist() == [1, 0, 0]
-
-
-def test_parser_agrees_with_tensorflow_datasets(bridge):
-    """Every feature of every real episode, against the decoder of the format's owners."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    features = tfds.builder_from_directory(str(bridge)).info.features
-    for path, _ in rlds.shards(bridge, "train"):
-        for record in rlds.records(path):
-            ours, theirs = rlds.parse_example(record), list(features.deserialize_example_np(record)["steps"])
-            for name in ("action", "language_embedding", "reward", "is_first"):
-                np.testing.assert_array_equal(ours[f"steps/{name}"], np.stack([s[name] for s in theirs]).ravel())
-            seen = {k: np.stack([s["observation"][k] for s in theirs]) for k in ("state", "image_0")}
-            np.testing.assert_array_equal(ours["steps/observation/state"], seen["state"].ravel())
-            assert ours["steps/language_instruction"] == [s["language_instruction"] for s in theirs]
-            pictures = [np.array(Image.open(io.BytesIO(b))) for b in ours["steps/observation/image_0"]]
-            np.testing.assert_array_equal(pictures, seen["image_0"])
-
-
-@pytest.fixture(scope="module")
-def converted(bridge, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("rlds") / "bridge"
-    command = [sys.executable, "-m", "data.rlds", str(bridge), "--out", str(out), "--split", "train"]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return out
-
-
-def test_bridge_converted(bridge, converted):
-    """The real robot: the right columns, signs and rotation order, checked on the motion itself."""
-    reader = LeRobotReader(converted)
-    raw = [e for _, e in rlds.episodes(bridge, "train")]
-    assert (reader.num_episodes, reader.fps, reader.lengths.tolist()) == (25, 5, [9] * 25)
-    step, alike, alike_turn, plain = [], [], [], []
-    for i, example in enumerate(raw):
-        episode = reader.episode(i)
-        state, action = episode["state"][:, 8:16], episode["action"][:, 7:14]
-        pose = example["steps/observation/state"].reshape(-1, 7)[1:]
-        np.testing.assert_array_equal(state[:, :3], pose[:, :3])
-        np.testing.assert_allclose(Rotation.from_quat(state[:, 3:7]).as_euler("xyz"), pose[:, 3:6], atol=1e-4)
-        np.testing.assert_allclose(state[:, 7], np.clip(pose[:, 6], 0, 1))
-        command = example["steps/action"].reshape(-1, 7)
-        assert np.abs(command[0, :6]).max() < 1e-6  # the placeholder that is dropped
-        np.testing.assert_array_equal(action[:, :6], command[1:, :6])
-        assert set(action[:, 6]) <= {0, 1} and episode["task"] == example["steps/language_instruction"][0].decode()
-        # Commands against what came of them one step later.
-        position, _ = common.apply_action(state[:-1, :3], state[:-1, 3:7], action[:-1, :6])
-        step += np.linalg.norm(position - state[1:, :3], axis=1).tolist()
-        moved = common.relative_action(state[:-1, :3], state[:-1, 3:7], state[1:, :3], state[1:, 3:7])
-        alike += [(action[:-1, :3], moved[:, :3])]
-        alike_turn += [(action[:-1, 3:6], moved[:, 3:6])]
-        plain += [(action[:-1, 3:6], (np.diff(pose[:, 3:6], axis=0) + np.pi) % (2 * np.pi) - np.pi)]
-    correlation = lambda pairs: np.corrcoef(*(np.concatenate(p).ravel() for p in zip(*pairs, strict=True)))[0, 1]
-    print(f"pose + action to next pose: median {1e3 * np.median(step):.1f} mm, max {1e3 * max(step):.1f} mm")
-    print(f"correlation with the motion: translation {correlation(alike):.3f}, rotation {correlation(alike_turn):.3f}, "
-          f"differences of Euler angles {correlation(plain):.3f}")  # fmt: skip
-    assert np.median(step) < 0.005 and max(step) < 0.02
-    assert correlation(alike) > 0.85 and correlation(alike_turn) > correlation(plain) + 0.02
-    first = np.array(Image.open(io.BytesIO(raw[7]["steps/observation/image_0"][3])))
-    assert np.abs(reader.frames(7, "primary", [2])[0].astype(int) - first).mean() < 6  # step 3 is frame 2, upright
-    sample = Windows([converted], {"frames": View("primary", 4, 64)}, 3, 10, 0)[0]
-    assert sample["frames"].shape == (4, 3, 64, 64)
-
-
-@pytest.fixture
-def run_rlds(monkeypatch, capsys):
-    def run(*argv) -> str:
-        """The command in this process: its exit code (0 or 2) and what it says on stderr."""
-        monkeypatch.setattr(sys, "argv", ["rlds", *map(str, argv)])
-        try:
-            common.run_main(rlds.main)
-            return 0, ""
-        except SystemExit as stop:
-            return stop.code, capsys.readouterr().err.splitlines()[-1]
-
-    return run
-
-
-def test_rlds_resumes(bridge, converted, tmp_path, run_rlds):
-    """Cut off after some episodes and resumed, the result is that of one run."""
-    argv = [bridge, "--out", tmp_path / "b", "--split", "train"]
-    assert run_rlds(*argv, "--limit", 7)[0] == 0 and LeRobotReader(tmp_path / "b").num_episodes == 7
-    code, text = run_rlds(*argv)
-    assert code == 2 and "--resume" in text
-    assert run_rlds(*argv, "--resume")[0] == 0
-    a, b = LeRobotReader(tmp_path / "b"), LeRobotReader(converted)
-    assert a.num_episodes == 25 and a.stats == b.stats
-    for i in range(25):
-        np.testing.assert_array_equal(a.episode(i)["action"], b.episode(i)["action"])
-        # Not the same bytes: the cut between two files also cuts the codec's run of frames.
-        assert np.abs(a.frames(i, "primary", [4]).astype(int) - b.frames(i, "primary", [4])).mean() < 6
-    code, text = run_rlds(bridge, "--out", tmp_path / "b", "--split", "val", "--resume")
-    assert code == 2 and re.search("was begun from .*train.*not from .*val", text)
-
-
-def test_rlds_refuses_in_one_line(bridge, tmp_path, run_rlds):
-    for argv, wanted in (
-        ([tmp_path], "error: cannot read .*dataset_info.json"),
-        ([bridge, "--out", tmp_path / "o", "--split", "test"], "error: no split 'test'"),
-    ):
-        code, text = run_rlds(*argv)
-        assert code == 2 and re.match(wanted, text), text
-    broken = Path(shutil.copytree(bridge, tmp_path / "broken", copy_function=shutil.copyfile))
-    broken.chmod(0o755)
-    path = broken / "bridge_dataset-train.tfrecord-00000-of-00001"
-    data = path.read_bytes()
-    path.write_bytes(data[:1_000_000] + bytes([data[1_000_000] ^ 1]) + data[1_000_001:])
-    code, text = run_rlds(broken, "--out", tmp_path / "c", "--split", "train")
-    assert code == 2 and "record 7 of " in text and "checksum" in text
-    assert LeRobotReader(tmp_path / "c").num_episodes == 7  # what came before is whole
-    rewrite(broken / "dataset_info.json", lambda i: i.update(name="my_robot"))
-    code, text = run_rlds(broken, "--out", tmp_path / "d")
-    assert code == 2 and "'my_robot'; known are ['bridge_dataset']" in text and not (tmp_path / "d").exists()
-
-
-def test_rlds_names_features_that_do_not_fit():
-    source, shapes = rlds.SOURCES["bridge_dataset"], {"action": (7,), "observation/state": (7,)}
-    example = {"steps/action": np.zeros(21, np.float32), "steps/language_instruction": [b"go"] * 3}
-    with pytest.raises(InputError, match="here: steps/observation/state is absent"):
-        rlds.convert(example, source, shapes, "here")
-    example["steps/observation/state"] = np.zeros(28, np.float32)
-    with pytest.raises(InputError, match="here: steps differ.*'state': 4, 'action': 3, 'primary': 0"):
-        rlds.convert(example, source, shapes, "here")
-    example |= {"steps/observation/state": np.zeros(21, np.float32), "steps/observation/image_0": [b"no jpeg"] * 3}
-    with pytest.raises(InputError, match="here: an image cannot be decoded"):
-        rlds.convert(example, source, shapes, "here")
+# -- files on disk ------------------------------------------------------------------------------------------------
 
 
 def test_videos_decode_everywhere(dataset):
