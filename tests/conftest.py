@@ -43,6 +43,13 @@ def process() -> common.Process:
     return common.Process(0, 1, torch.device("cpu"), torch.float32)
 
 
+class Alone(common.Process):
+    """One rank of several, of which the others are not there."""
+
+    def gather(self, values: list) -> list:
+        return values
+
+
 def make_episode(seed: int, n: int = 24, size: int = 32) -> dict:
     """A random walk whose commands overshoot the next measured pose, as those of a lagging controller do. Its pictures
     are smooth and each shows its own frame number as brightness."""

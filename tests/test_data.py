@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import make_episode, write_set
+from conftest import Alone, make_episode, write_set
 from scipy.spatial.transform import Rotation
 
 import common
@@ -472,13 +472,6 @@ def test_preloaded_samples_are_the_same(dataset):
     views = {"a": View("primary", 3, 24), "b": View("wrist", 1, 16), "c": View("primary", 1, 16)}
     lazy, eager = (Windows([dataset], views, 2, 10, 0, preload=p) for p in (False, True))
     assert all(same(lazy[i], eager[i]) for i in range(20))
-
-
-class Alone(common.Process):
-    """One rank of several, of which the others are not there."""
-
-    def gather(self, values: list) -> list:
-        return values
 
 
 @pytest.mark.parametrize("workers", [0, 2])

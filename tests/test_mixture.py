@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import make_episode, write_set
+from conftest import Alone, make_episode, write_set
 
 import common
 from common import ARM_ACTION, InputError, LeRobotReader, LeRobotWriter, View, Windows
@@ -104,7 +104,7 @@ def samples_of(folder, process, start, steps, workers, world=1):
     """(dataset, window, instruction) of each sample of steps start .. start + steps, in the order of their numbers."""
     out = {}
     for rank in range(world):
-        here = common.Process(rank, world, process.device, process.dtype)
+        here = Alone(rank, world, process.device, process.dtype)
         data = common.stream(windows_of(folder, seed=3), 8 // world, start, here, 1, workers)
         for _ in range(steps):
             for batch in next(data):
