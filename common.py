@@ -815,16 +815,6 @@ class LeRobotWriter:
         if len(self.pending) >= self.episodes_per_file:
             self.flush()
 
-    def add_part(self, part: Path, rows: list[tuple]) -> None:
-        """Takes over what a writer in another process has written to `part`, as one file: its videos are moved, and
-        `rows` is what its `pending` held before it was closed."""
-        for name in self.cameras:
-            video = self._file(f"videos/{_IMAGE}{name}", "mp4")
-            video.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part / video.parent.parent.relative_to(self.root) / "chunk-000/file-000.mp4", video)
-        self.pending = rows
-        self.flush()
-
     def _file(self, folder: str, suffix: str) -> Path:
         part = _CHUNK.format(chunk_index=self.file // 1000, file_index=self.file % 1000)
         return self.root / f"{folder}/{part}.{suffix}"

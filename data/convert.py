@@ -10,7 +10,7 @@
     OUT/meta/skipped.json       the episodes that were refused, and why: tried again by `--resume`
 
 A line is written before its episode, and lines without an episode are dropped: whenever the process dies, an episode is
-in the data set and known, or neither.
+in the data set and known, or neither. A source that is itself damaged (`BrokenSource`) stops the conversion there.
 """
 
 import json
@@ -53,6 +53,11 @@ class ConvertArgs:
     """go on after the last episode that --out holds"""
 
 
+class BrokenSource(InputError):
+    """A file of many episodes is damaged or incomplete: `load` raises it to stop the conversion, where an InputError
+    only leaves out the episode."""
+
+
 @dataclass
 class Episode:
     """What `load` returns: the arguments of `LeRobotWriter.add_episode`, and what was odd about the source."""
@@ -63,36 +68,44 @@ class Episode:
 
 def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobotWriter, args: ConvertArgs) -> None:
     """Converts the episodes that are not yet there and prints what became of all. Refused are episodes for which `load`
-    or the writer raises InputError, and files that cannot be read. Raises InputError when none was converted."""
+    or the writer raises InputError, and files that cannot be read. Raises InputError when none was converted, and where
+    a source is broken: what came before it is kept."""
     at_least(args, limit=0, workers=0)
-    meta = writer.root / "meta"
-    done = _sources(meta / "sources.jsonl", writer.num_episodes)
-    known = set(done)
+    meta, before, done = writer.root / "meta", writer.num_episodes, sources(writer)
+    meta.mkdir(parents=True, exist_ok=True)
+    partial = meta / "sources.jsonl.partial"
+    partial.write_text("".join(json.dumps(key) + "\n" for key in done))
+    os.replace(partial, meta / "sources.jsonl")
+    known, notes, skipped = set(done), Counter(), {}
     todo = {key: job for key, job in jobs.items() if key not in known}
-    notes, skipped, before = Counter(), {}, writer.num_episodes
+    # All metadata are written again for each file: some 400 files at most, however large the source (our choice).
+    writer.episodes_per_file = max(writer.episodes_per_file, len(jobs) // 400)
     bar = tqdm(total=len(done) + len(todo), initial=len(done), desc=writer.root.name, unit="episode", mininterval=1)
     full = lambda: args.limit and writer.num_episodes >= args.limit
     results = _ahead({} if full() else todo, load, args.workers)
     try:
-        with bar, writer, (meta / "sources.jsonl").open("a") as sources:
+        with bar, writer, (meta / "sources.jsonl").open("a") as lines:
             for key, result in results:
                 if isinstance(result, Episode):
-                    end = sources.tell()
-                    sources.write(json.dumps(key) + "\n")
-                    sources.flush()
+                    end = lines.tell()
+                    lines.write(json.dumps(key) + "\n")
+                    lines.flush()
                     try:
                         writer.add_episode(**result.data)
                         notes.update(result.notes)
                     except InputError as error:
-                        sources.seek(end)
-                        sources.truncate()
+                        lines.seek(end)
+                        lines.truncate()
                         result = str(error)
                 if isinstance(result, str):
                     skipped[key] = result
-                    bar.write(f"left out {key}: {result}")
+                    if len(skipped) <= 10:
+                        bar.write(f"left out {key}: {result}")
                 bar.update()
                 if full():
                     break
+    except BrokenSource as error:
+        raise InputError(f"{error}; {writer.root} keeps {writer.num_episodes} episodes, --resume goes on") from None
     finally:
         results.close()
         write_json(meta / "skipped.json", skipped)
@@ -107,14 +120,15 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
     )
 
 
-def _sources(path: Path, episodes: int) -> list[str]:
-    """The keys of the episodes that a data set has; lines past them belong to episodes that a kill lost."""
-    lines = path.read_text().splitlines()[:episodes] if path.exists() else []
-    if len(lines) < episodes:
-        raise InputError(f"{path} names the sources of {len(lines)} of {episodes} episodes: choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name(path.name + ".partial").write_text("".join(line + "\n" for line in lines))
-    os.replace(path.with_name(path.name + ".partial"), path)
+def sources(writer: LeRobotWriter) -> list[str]:
+    """The keys of the episodes that a data set has; lines past them belong to episodes that a kill lost. Raises
+    InputError where keys are lacking."""
+    path = writer.root / "meta/sources.jsonl"
+    lines = path.read_text().splitlines()[: writer.num_episodes] if path.exists() else []
+    if len(lines) < writer.num_episodes:
+        raise InputError(
+            f"{path} names the sources of {len(lines)} of {writer.num_episodes} episodes: choose another --out"
+        )
     return [json.loads(line) for line in lines]
 
 
@@ -154,6 +168,8 @@ def _start_worker() -> None:
 def _attempt(load: Callable[..., Episode], job: tuple) -> Episode | str:
     try:
         return load(*job)
+    except BrokenSource:
+        raise
     except InputError as error:
         return str(error)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, av.error.FFmpegError) as error:  # h5py and PyAV
@@ -217,10 +233,7 @@ def transcode(path: Path, frames: int, size: tuple[int, int], fps: float, drop_l
             raise InputError(
                 f"{path.name} has {stream.width} x {stream.height} pixels, another shape than {size[::-1]}"
             )
-        seen, small = (
-            0,
-            av.video.reformatter.VideoReformatter(),
-        )  # one for all: a frame's own would make its tables anew
+        seen, small = 0, av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make tables anew
 
         def scaled() -> Iterator[np.ndarray]:
             nonlocal seen

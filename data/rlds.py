@@ -16,44 +16,34 @@ the older copy of Bridge. A set without a row is refused: a guessed gripper sign
 
 What is wrong with a file stops the conversion: a missing shard, a record that is cut short or fails its checksum,
 another number of episodes than dataset_info.json says. What came before is kept; `--resume` goes on once the file is
-whole. What is wrong with an episode leaves it out, by name and reason, in meta/rlds.json of --out and on the terminal:
-no instruction, fewer than two steps, NaN or infinity, features of different lengths or ragged where columns must be, a
-picture that does not decode or has another size, a gripper outside [0, 1], a quaternion without length 1.
+whole. What is wrong with an episode leaves it out, by name and reason, in meta/skipped.json of --out: no instruction,
+fewer than two steps, NaN or infinity, features of different lengths or ragged where columns must be, a picture that
+does not decode or has another size, a gripper outside [0, 1], a quaternion without length 1.
 
 Conventions (common): action[t] = commanded target at t relative to the pose measured at t, base frame, rotation as the
 extrinsic xyz Euler angles of R_target R^T; gripper 1 = open, absolute; state quaternions xyzw. Pictures are stored as
 they come, none is turned or mirrored; an odd last row or column is cut off, because h264 needs even sizes.
 """
 
-import collections
-import contextlib
 import io
-import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
-import shutil
-import signal
 import struct
-import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image
 from scipy.spatial.transform import Rotation
-from tqdm import tqdm
 
-from common import ARM_ACTION, ARM_STATE, InputError, LeRobotWriter, at_least, read_json, run_main, write_json
+from common import ARM_ACTION, ARM_STATE, Clip, InputError, LeRobotWriter, run_main
+from data.convert import BrokenSource, ConvertArgs, Episode, convert, sources
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants: what each data set means
@@ -291,23 +281,15 @@ SOURCES = {
 
 
 @dataclass
-class Args:
-    source: Annotated[str, tyro.conf.Positional]
-    """folder of the RLDS data set: the one that holds features.json and the tfrecords"""
+class Args(ConvertArgs):
     out: str = "runs/data/rlds"
     """folder of the LeRobot data set to write"""
     row: str = ""
     """row of the table to read it by, where the set's own name in dataset_info.json is another"""
-    limit: int = 0
-    """convert the first so many episodes; 0: all (our choice)"""
     split: str = "all"
     """train, val, another split of dataset_info.json, or all of them (our choice)"""
     cameras: tuple[str, ...] = ("primary", "wrist")
     """which to convert, of those that the row has; some have a `secondary` (our choice)"""
-    workers: int = 0
-    """processes that convert; 0: one for each core (our choice)"""
-    resume: bool = False
-    """go on after the last episode that --out holds"""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -355,32 +337,34 @@ def masked_crc32c(data: bytes) -> int:
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def records(path: Path, start: int = 0) -> Iterator[bytes]:
-    """The records of a tfrecord file from number `start` on; those before are stepped over. Raises InputError naming
-    file and record when the file is cut short or a checksum does not fit."""
+def read_record(path: Path, number: int, count: int) -> bytes:
+    """Record `number` of a tfrecord file that holds `count`. Raises BrokenSource, naming file and record, for a file
+    with another number of records, one that is cut short, and a checksum that does not fit."""
+    wrong, lacking = f"record {number} of {path}", f"where dataset_info.json has {count}: download both again"
     try:
         file = path.open("rb")
     except OSError as error:
-        raise InputError(f"cannot open {path}: {error.strerror}; download the data set again") from None
+        raise BrokenSource(f"cannot open {path}: {error.strerror}; download the data set again") from None
     with file:
         end = os.fstat(file.fileno()).st_size
-        for number in itertools.count():
-            wrong, head = f"record {number} of {path}", file.read(12)
+        for before in range(number + 1):  # those before are stepped over: each has its own turn to be checked
+            head = file.read(12)
             if not head:
-                return
-            if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
-                raise InputError(f"{wrong} is damaged: no valid header; download the file again")
-            (length,) = struct.unpack("<Q", head[:8])
-            left = end - file.tell()
-            if left < length + 4:
-                raise InputError(f"{wrong} is cut short: {left} of {length + 4} bytes; download the file again")
-            if number < start:
-                file.seek(length + 4, os.SEEK_CUR)
-                continue
-            body = file.read(length + 4)
-            if masked_crc32c(body[:-4]) != struct.unpack("<I", body[-4:])[0]:
-                raise InputError(f"{wrong} is damaged: the checksum of its {length} bytes differs; download it again")
-            yield body[:-4]
+                raise BrokenSource(f"{path} ends after {before} episodes, {lacking}")
+            length = int.from_bytes(head[:8], "little")
+            if before < number:
+                file.seek(min(file.tell() + length + 4, end))
+        if len(head) < 12 or masked_crc32c(head[:8]) != struct.unpack("<I", head[8:])[0]:
+            raise BrokenSource(f"{wrong} is damaged: no valid header; download the file again")
+        left = end - file.tell()
+        if left < length + 4:
+            raise BrokenSource(f"{wrong} is cut short: {left} of {length + 4} bytes; download the file again")
+        if number == count - 1 and left > length + 4:
+            raise BrokenSource(f"{path} holds more episodes than {count}, {lacking}")
+        body = file.read(length + 4)
+    if masked_crc32c(body[:-4]) != struct.unpack("<I", body[-4:])[0]:
+        raise BrokenSource(f"{wrong} is damaged: the checksum of its {length} bytes differs; download it again")
+    return body[:-4]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -483,18 +467,9 @@ def read_features(root: Path) -> dict[str, Feature]:
         raise InputError(f"{root}/features.json is not TFDS's ({error!r}): download it again") from None
 
 
-class Span(NamedTuple):
-    """Episodes start:stop of a file that holds `length` of them."""
-
-    path: Path
-    length: int
-    start: int
-    stop: int
-
-
-def shards(root: Path, split: str) -> list[Span]:
-    """The tfrecord files of a split (or of all), in order, whole. Raises InputError for an unknown split, for missing
-    files, and for names that lead out of the folder."""
+def shards(root: Path, split: str) -> list[tuple[Path, int]]:
+    """The tfrecord files of a split (or of all), in order, and how many episodes each holds. Raises InputError for an
+    unknown split, for missing files, and for names that lead out of the folder."""
     info, files = _json(root / "dataset_info.json"), []
     try:
         known = [s["name"] for s in info["splits"]]
@@ -513,12 +488,12 @@ def shards(root: Path, split: str) -> list[Span]:
                 name = re.sub(r"{(\w+)}", lambda m, parts=parts: parts[m[1]], template)
                 if Path(name).name != name:
                     raise InputError(f"{root}/dataset_info.json names a file outside its folder: {name!r}")
-                files.append(Span(root / name, n, 0, n))
+                files.append((root / name, n))
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{root}/dataset_info.json is not TFDS's ({error!r}): download it again") from None
-    if missing := [f.path.name for f in files if f.length and not f.path.exists()]:
+    if missing := [path.name for path, n in files if n and not path.exists()]:
         some = ", ".join(missing[:3]) + ", ..." * (len(missing) > 3)
         raise InputError(f"{len(missing)} of {len(files)} files are missing in {root}: {some}; download them again")
     return files
@@ -538,31 +513,14 @@ def _json(path: Path) -> dict:
     )
 
 
-def spans(files: Sequence[Span], start: int, stop: int) -> list[Span]:
-    """Where the episodes start:stop of a whole data set are."""
-    ends = itertools.accumulate(f.length for f in files)
-    cut = [f._replace(start=max(start - e + f.length, 0), stop=min(stop - e + f.length, f.length))
-           for f, e in zip(files, ends, strict=True)]  # fmt: skip
-    return [f for f in cut if f.start < f.stop]
-
-
-def episodes(where: Sequence[Span]) -> Iterator[tuple[str, dict]]:
-    """("FILE record N", features) of each episode. Raises InputError for damaged and incomplete files."""
-    for path, length, start, stop in where:
-        number, wrong = start, f"where dataset_info.json has {length}: download both again"
-        for record in records(path, start):
-            if number == length:
-                raise InputError(f"{path} holds more episodes than {length}, {wrong}")
-            if number == stop:
-                break
-            try:
-                example = parse_example(record)
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise InputError(f"record {number} of {path} is no tf.train.Example: {error}") from None
-            yield f"{path.name} record {number}", example
-            number += 1
-        if number < stop:
-            raise InputError(f"{path} ends after {number} episodes, {wrong}")
+def read_episode(path: Path, number: int, count: int) -> dict[str, np.ndarray | list[bytes]]:
+    """The features of episode `number` of a file that holds `count`. Raises BrokenSource where they cannot be read."""
+    try:
+        return parse_example(read_record(path, number, count))
+    except BrokenSource:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise BrokenSource(f"record {number} of {path} is no tf.train.Example: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -682,22 +640,28 @@ def rotation(columns: np.ndarray, kind: str) -> Rotation:
     return Rotation.from_euler(kind, columns)
 
 
+def even(size: tuple[int, int]) -> tuple[int, int]:
+    return size[0] // 2 * 2, size[1] // 2 * 2
+
+
 def picture(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """A JPEG or PNG as uint8 (H, W, 3), its odd last row and column cut off. Raises ValueError."""
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         if (image.height, image.width) != size:
             raise ValueError(f"{image.height} x {image.width}, not {size[0]} x {size[1]} as in features.json")
-        return np.asarray(image.convert("RGB"))[: size[0] // 2 * 2, : size[1] // 2 * 2]
+        height, width = even(size)
+        return np.ascontiguousarray(np.asarray(image.convert("RGB"))[:height, :width])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL: a bad PNG is bad syntax
         raise ValueError(f"a picture of {len(data)} bytes does not decode: {error}") from None
 
 
-def convert(
-    example: dict, source: Source, features: dict[str, Feature], sizes: dict[str, tuple[int, int]]
-) -> dict[str, Any]:
-    """An episode as `LeRobotWriter.add_episode` takes it: frames, action (n, 7), state (n, up to 8), task. Raises
-    InputError, with the reason to leave it out."""
+def load(
+    path: Path, number: int, count: int, source: Source, features: dict[str, Feature], sizes: dict[str, tuple[int, int]]
+) -> Episode:
+    """Episode `number` of a file that holds `count`. Raises InputError with the reason to leave it out, and
+    BrokenSource for a damaged file."""
+    example = read_episode(path, number, count)
     n, first = len(example.get("steps/is_first", ())), int(source.drop_first)
     columns = lambda part: values(example, part, features, n)
     try:
@@ -727,102 +691,14 @@ def convert(
         files = {camera: example.get(f"steps/{key}", ()) for camera, key in source.cameras.items()}
         if wrong := {camera: len(f) for camera, f in files.items() if len(f) != n}:
             raise ValueError(f"pictures {wrong} for {n} steps")
-        frames = {camera: np.stack([picture(data, sizes[camera]) for data in f[first:]]) for camera, f in files.items()}
+        frames = {}
+        for camera, size in sizes.items():
+            images = (picture(data, size) for data in files[camera][first:])
+            frames[camera] = Clip.encode(images, even(size), source.hz)
     except (ValueError, KeyError, IndexError, TypeError) as error:  # the last three: not of the type in features.json
         raise InputError(str(error) if isinstance(error, ValueError) else repr(error)) from None
     state = np.concatenate(state, 1) if state else np.zeros((n, 0))
-    return {
-        "frames": frames, "action": action[first:].astype(np.float32), "state": state[first:].astype(np.float32),
-        "task": task,
-    }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# In parallel: each job writes one file of the data set, and the parent takes the finished ones over, in order
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Done(NamedTuple):
-    """What became of a job."""
-
-    rows: list[tuple]
-    """its episodes, as `LeRobotWriter.add_part` takes them; the pictures are in its folder"""
-    records: int
-    """how many episodes of the source it looked at"""
-    left_out: list[tuple[int, str, str]]
-    """which of them are left out: number, name, reason"""
-    error: str
-    """what stopped it, or nothing"""
-
-
-def open_writer(folder: Path | str, source: Source, sizes: dict[str, tuple[int, int]], **options) -> LeRobotWriter:
-    even = {camera: (h // 2 * 2, w // 2 * 2) for camera, (h, w) in sizes.items()}
-    return LeRobotWriter(folder, source.hz, source.robot, ARM_ACTION, state_names(source), even, **options)
-
-
-_ticks: Any = None  # in a worker: the shared counter of episodes; negative: stop
-
-
-def _start(ticks: Any, parent: int) -> None:
-    """Sets a worker up. Ctrl-C is the parent's business; without the parent it ends, also if that was killed."""
-    global _ticks
-    _ticks = ticks
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def work(
-    folder: Path, where: list[Span], source: Source, features: dict[str, Feature], sizes: dict[str, tuple[int, int]]
-) -> Done:
-    """Converts some episodes into a data set of one file."""
-    left_out, count, error = [], 0, ""
-    with open_writer(folder, source, sizes, episodes_per_file=1 << 30) as writer:
-        try:
-            for name, example in episodes(where):
-                if _ticks.value < 0:
-                    break
-                try:
-                    writer.add_episode(**convert(example, source, features, sizes))
-                except InputError as reason:
-                    left_out.append((count, name, str(reason)))
-                count += 1
-                with _ticks.get_lock():
-                    _ticks.value += _ticks.value >= 0
-        except InputError as problem:
-            error = str(problem)
-        rows = list(writer.pending)
-    return Done(rows, count, left_out, error)
-
-
-def in_order(work: Callable, jobs: Sequence[tuple], workers: int, bar: tqdm) -> Iterator[Any]:
-    """work(*job) of each job, by several processes, in the jobs' order; the bar counts episodes. No more than two jobs
-    a worker are ahead of what has been taken."""
-    context = multiprocessing.get_context("fork")
-    ticks, queue, todo = context.Value("q", 0), collections.deque[Future](), iter(jobs)
-    pool = ProcessPoolExecutor(workers, context, _start, (ticks, os.getpid()))
-    try:
-        while True:
-            queue.extend(pool.submit(work, *job) for job in itertools.islice(todo, 2 * workers - len(queue)))
-            if not queue:
-                return
-            while not queue[0].done():
-                wait(list(queue)[:1], 0.2)
-                bar.update(ticks.value - bar.n)
-            bar.update(ticks.value - bar.n)
-            yield queue.popleft().result()
-    except BrokenProcessPool:
-        raise InputError("a worker died, perhaps for want of memory: the same command with --resume and fewer "
-                         "--workers goes on") from None  # fmt: skip
-    finally:
-        with ticks.get_lock():
-            ticks.value = -1
-        pool.shutdown(cancel_futures=True)
+    return Episode({"frames": frames, "action": action[first:], "state": state[first:], "task": task})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -832,8 +708,7 @@ def in_order(work: Callable, jobs: Sequence[tuple], workers: int, bar: tqdm) -> 
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m data.rlds", description=__doc__)
-    at_least(args, limit=0, workers=0)
-    root, out = Path(args.source), Path(args.out)
+    root = Path(args.source)
     name = str(_json(root / "dataset_info.json").get("name"))
     if (row := args.row or name) not in SOURCES:
         raise InputError(f"{root} is the data set {name!r}; known are {sorted(SOURCES)}: give the one that it is as "
@@ -842,54 +717,21 @@ def main() -> None:
     source = replace(source, cameras={k: v for k, v in source.cameras.items() if k in args.cameras})
     if not source.cameras:
         raise InputError(f"--cameras {args.cameras}: {row} has {list(SOURCES[row].cameras)}")
-    sizes, total = check_row(source, features, root), sum(f.length for f in files)
-    end = min(args.limit or total, total)
-    per_file = max(10, -(-total // 400))  # (our choice) all metadata are written again for each file: some 400 at most
-    with open_writer(out, source, sizes, resume=args.resume) as writer:
-        path, parts, old = out / "meta/rlds.json", out / "videos/parts", writer.num_episodes
-        origin = {"name": name, "row": row, "split": args.split}
-        log = read_json(path) if path.exists() else {"from": origin if not old else None, "files": [], "left_out": []}
-        if log["from"] != origin:
-            raise InputError(f"{out} was begun from {log['from']}, not from {origin}: choose another --out")
-        # Before each new file the log says how many episodes of the source are accounted for with it. An entry that
-        # the data set does not reach is of a run that died in between: its episodes are converted now.
-        log["files"] = [f for f in log["files"] if f["episodes"] <= old]
-        done = log["files"][-1]["records"] if log["files"] else 0
-        log["left_out"] = [r for r in log["left_out"] if r["number"] < done]
-        shutil.rmtree(parts, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        jobs = [
-            (parts / f"{a:08d}", spans(files, a, min(a + per_file, end)), source, features, sizes)
-            for a in range(done, end, per_file)
-        ]
-        workers = args.workers or len(os.sched_getaffinity(0))
-        bar = tqdm(total=max(0, end - done), desc=row, unit="episode", mininterval=1)
-        try:
-            with bar, contextlib.closing(in_order(work, jobs, workers, bar)) as results:
-                for (folder, *_), result in zip(jobs, results, strict=True):
-                    log["left_out"] += [{"number": done + k, "episode": e, "why": why} for k, e, why in result.left_out]
-                    done += result.records
-                    log["files"].append({"records": done, "episodes": writer.num_episodes + len(result.rows)})
-                    write_json(path, log)
-                    if result.rows:
-                        writer.add_part(folder, result.rows)
-                    if result.error:
-                        kept = f"{out} keeps {writer.num_episodes} episodes, --resume goes on"
-                        raise InputError(f"{result.error}; {kept}")
-        finally:
-            shutil.rmtree(parts, ignore_errors=True)
-    left_out = [f"{r['episode']}: {r['why']}" for r in log["left_out"]]
-    if left_out:
-        print(f"left out {len(left_out)} of {done} episodes, all listed in {path}:", *left_out[:10], sep="\n  ")
-    if not writer.num_episodes:
-        raise InputError(f"{root}: none of {done} episodes could be used: see {path}")
-    vague = "" if source.informative else "\nOcto finds this set's instructions uninformative and blanks them"
-    print(
-        f"{out}: {writer.num_episodes} episodes ({writer.num_episodes - old} new), "
-        f"{writer.episodes[-1]['dataset_to_index']} steps at {source.hz:g} Hz, cameras {writer.cameras}{vague}\nnext: "
-        + (f"python -m data.stats {out} --stride {stride} && " if (stride := round(source.hz / 10)) > 1 else "")
-        + f"python lam.py --tiny --data {out} --out runs/{row}/lam"
-    )
+    sizes = check_row(source, features, root)
+    jobs = {
+        f"{row}: {path.name} record {k}": (path, k, count, source, features, sizes)
+        for path, count in files
+        for k in range(count)
+    }
+    cameras = {camera: even(size) for camera, size in sizes.items()}
+    names = ARM_ACTION, state_names(source)
+    writer = LeRobotWriter(args.out, source.hz, source.robot, *names, cameras, args.resume)
+    if foreign := set(sources(writer)) - jobs.keys():
+        raise InputError(f"{args.out} holds {min(foreign)!r}, which is not of {row} in {root}, split {args.split}: "
+                         f"choose another --out")  # fmt: skip
+    convert(jobs, load, writer, args)
+    vague = "" if source.informative else "Octo finds this set's instructions uninformative and blanks them\n"
+    print(f"{vague}next: python lam.py --tiny --data {args.out} --out runs/{row}/lam")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import common
-from common import STATE_NAMES, InputError, LeRobotReader, View, Windows
+from common import STATE_NAMES, LeRobotReader, LeRobotWriter, View, Windows
 from data import rlds, stats
+from data.convert import BrokenSource
 
 # -- the format, written by its specification ---------------------------------------------------------------------
 
@@ -88,8 +90,8 @@ FEATURES = {"a": [0.5, -2.25, 3.0], "b": [1, -5, 2**62, -(2**63)], "c": [b"", b"
 def test_examples_packed_and_unpacked(tmp_path, packed):
     path = tmp_path / "x.tfrecord"
     path.write_bytes(frame(encode(FEATURES, packed)) * 2)
-    read = [rlds.parse_example(r) for r in rlds.records(path)]
-    assert len(read) == 2 and read[0].keys() == FEATURES.keys()
+    read = [rlds.read_episode(path, k, 2) for k in range(2)]
+    assert read[0].keys() == read[1].keys() == FEATURES.keys()
     assert read[1]["a"].dtype == np.float32 and read[1]["a"].tolist() == FEATURES["a"]
     assert read[1]["b"].tolist() == FEATURES["b"] and read[1]["c"] == FEATURES["c"]
 
@@ -105,31 +107,20 @@ def test_damaged_records_name_file_and_record(tmp_path):
         (good + huge + struct.pack("<I", rlds.masked_crc32c(huge)) + good, "record 1 of .* is cut short"),
     ):
         path.write_bytes(damage)
-        with pytest.raises(InputError, match=text):
-            list(rlds.records(path))
+        with pytest.raises(BrokenSource, match=text):
+            for k in range(9):
+                rlds.read_record(path, k, 9)
     for garbage in (b"\xff\xff\xff\xff no message", field(1, field(1, b"\x08\x05")), field(1, b"\x08\x05")):
         path.write_bytes(frame(garbage))
-        with pytest.raises(InputError, match="record 0 of .* is no tf.train.Example"):
-            list(rlds.episodes([rlds.Span(path, 1, 0, 1)]))
-
-
-def test_spans_are_the_episodes_in_order(tmp_path):
-    lengths, files = (3, 0, 4, 2), []
-    for k, n in enumerate(lengths):
-        path = tmp_path / f"{k}"
-        path.write_bytes(b"".join(frame(encode({"k": [10 * k + i]})) for i in range(n)))
-        files.append(rlds.Span(path, n, 0, n))
-    everything = [0, 1, 2, 20, 21, 22, 23, 30, 31]
-    for start in range(10):
-        for stop in range(start, 10):
-            got = [int(e["k"][0]) for _, e in rlds.episodes(rlds.spans(files, start, stop))]
-            assert got == everything[start:stop]
-    path.write_bytes(path.read_bytes() * 2)
-    with pytest.raises(InputError, match="3 holds more episodes than 2"):
-        list(rlds.episodes(rlds.spans(files, 8, 9)))
-    path.write_bytes(b"")
-    with pytest.raises(InputError, match="3 ends after 0 episodes, where dataset_info.json has 2"):
-        list(rlds.episodes(rlds.spans(files, 7, 8)))
+        with pytest.raises(BrokenSource, match="record 0 of .* is no tf.train.Example"):
+            rlds.read_episode(path, 0, 1)
+    path.write_bytes(good * 2)
+    assert rlds.read_record(path, 1, 2) == good[12:-4]
+    with pytest.raises(BrokenSource, match="x.tfrecord holds more episodes than 1"):
+        rlds.read_record(path, 0, 1)
+    for number in (2, 5):
+        with pytest.raises(BrokenSource, match="x.tfrecord ends after 2 episodes, where dataset_info.json has 9"):
+            rlds.read_record(path, number, 9)
 
 
 # -- every row of the table: a data set to the letter of the facts, and what must come of it ----------------------
@@ -469,7 +460,7 @@ def test_synthetic_files_are_what_tfds_reads(name, tmp_path):
     root, steps = tmp_path / "in", make(name)
     write(root, name, [steps])
     features = tfds.features.FeaturesDict.from_config(str(root))
-    (record,) = rlds.records(next(root.glob("*.tfrecord*")))
+    record = rlds.read_record(next(root.glob("*.tfrecord*")), 0, 1)
     read = list(features.deserialize_example_np(record)["steps"])
     ours, known = rlds.parse_example(record), rlds.read_features(root)
     for key, value in steps.items():
@@ -538,16 +529,16 @@ def test_damaged_episodes_are_named_and_left_out(tmp_path, run):
     code, error, out = run(tmp_path / "in", "--out", tmp_path / "out")
     assert code == 0, error
     assert LeRobotReader(tmp_path / "out").lengths.tolist() == [5, 5]
-    left_out = json.loads((tmp_path / "out/meta/rlds.json").read_text())["left_out"]
-    assert [r["number"] for r in left_out] == list(range(1, len(episodes) - 1))
-    assert left_out[5]["episode"] == f"{name}-train.tfrecord-00001-of-00003 record 1"
-    for (_, text), row in zip([*bad, ({}, "1 steps: too short")], left_out, strict=True):
-        assert re.search(text, row["why"]), row
-    assert f"left out {len(left_out)} of {len(episodes)} episodes" in out and "no instruction" in out
+    left_out = json.loads((tmp_path / "out/meta/skipped.json").read_text())
+    shards = [f"{name}: {name}-train.tfrecord-0000{k}-of-00003 record" for k in range(3)]
+    assert list(left_out) == [f"{shards[k // 5]} {k % 5}" for k in range(1, len(episodes) - 1)]
+    for (_, text), why in zip([*bad, ({}, "1 steps: too short")], left_out.values(), strict=True):
+        assert re.search(text, why), why
+    assert f"left out {len(left_out)}, listed in" in out and f"left out {shards[0]} 1: no instruction" in out
     # Nothing but bad episodes: an error, not an empty data set.
     write(tmp_path / "bad", name, episodes[1:-1])
     code, error, _ = run(tmp_path / "bad", "--out", tmp_path / "none")
-    assert code == 2 and "none of 13 episodes could be used" in error
+    assert code == 2 and "none of 13 episodes" in error and "no instruction" in error
 
 
 def test_ragged_and_compressed_features(tmp_path, run):
@@ -575,8 +566,8 @@ def test_ragged_and_compressed_features(tmp_path, run):
         root = tmp_path / text[:4] / str(len(list(tmp_path.iterdir())))
         write(root, name, [make(name), changed])
         assert run(root, "--out", root / "out")[0] == 0
-        (row,) = json.loads((root / "out/meta/rlds.json").read_text())["left_out"]
-        assert re.search(text, row["why"]), row
+        (why,) = json.loads((root / "out/meta/skipped.json").read_text()).values()
+        assert re.search(text, why), why
     with pytest.raises(ValueError, match="OBJECT"):  # nothing pickled is executed
         rlds._tensor(b"cos\nsystem\n(S'id'\ntR.", rlds.Feature((3,), "object", "bytes"))
 
@@ -690,9 +681,13 @@ def many(tmp_path_factory) -> Path:
 WHOLE = [k for k in range(45) if k % 7 != 3]
 
 
+small_files = partial(LeRobotWriter, episodes_per_file=10)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(many) -> Path:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlds, "LeRobotWriter", small_files)
         patch.setattr(sys, "argv", ["rlds", str(many), "--out", str(many.parent / "one"), "--workers", "1"])
         rlds.main()
     return many.parent / "one"
@@ -703,7 +698,8 @@ def commands(root: Path) -> list[int]:
     return [round(float(reader.episode(i)["action"][0, 7] - MOVE[0, 0])) for i in range(reader.num_episodes)]
 
 
-def test_processes_do_not_change_the_result(many, undisturbed, tmp_path, run):
+def test_processes_do_not_change_the_result(many, undisturbed, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(rlds, "LeRobotWriter", small_files)
     assert commands(undisturbed) == WHOLE
     # A set without any state is read, described and drawn from like others.
     assert stats.statistics(LeRobotReader(undisturbed), 2).keys() == {"action", "action.stride2"}
@@ -711,14 +707,14 @@ def test_processes_do_not_change_the_result(many, undisturbed, tmp_path, run):
     assert window["action_mask"].any() and not window["state_mask"].any()
     assert run(many, "--out", tmp_path / "three", workers=3)[0] == 0
     same_set(tmp_path / "three", undisturbed)
-    for one in undisturbed.rglob("*.mp4"):
-        assert one.read_bytes() == (tmp_path / "three" / one.relative_to(undisturbed)).read_bytes()
-    assert not (tmp_path / "three/videos/parts").exists()
+    files = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert files(tmp_path / "three") == files(undisturbed) and len(list(undisturbed.rglob("*.mp4"))) == 4
 
 
 @pytest.mark.parametrize("dies_at", [0, 1, 2, 5, 9])
 def test_a_kill_at_any_file_loses_no_episode_and_repeats_none(many, undisturbed, tmp_path, run, monkeypatch, dies_at):
-    """The parent dies at some rename in the middle of taking a part over; what is left is whole, and goes on."""
+    """The parent dies at some rename in the middle of writing a file; what is left is whole, and goes on."""
+    monkeypatch.setattr(rlds, "LeRobotWriter", small_files)
     real, calls, me = os.replace, [], os.getpid()
 
     class Killed(BaseException):
@@ -735,51 +731,55 @@ def test_a_kill_at_any_file_loses_no_episode_and_repeats_none(many, undisturbed,
         with pytest.raises(Killed):
             run(many, "--out", tmp_path / "out")
     assert commands(tmp_path / "out") == WHOLE[: len(commands(tmp_path / "out"))]
-    (tmp_path / "out/videos/parts/leftover").mkdir(parents=True, exist_ok=True)
     code, error, _ = run(many, "--out", tmp_path / "out")
     assert code == 2 and "--resume" in error
     assert run(many, "--out", tmp_path / "out", "--resume", workers=2)[0] == 0
     assert commands(tmp_path / "out") == WHOLE
     same_set(tmp_path / "out", undisturbed)
-    logs = [json.loads((p / "meta/rlds.json").read_text()) for p in (tmp_path / "out", undisturbed)]
-    assert logs[0] == logs[1]
+    for name in ("sources.jsonl", "skipped.json"):
+        assert (tmp_path / "out/meta" / name).read_bytes() == (undisturbed / "meta" / name).read_bytes()
 
 
 def test_limit_then_the_rest(many, undisturbed, tmp_path, run):
     assert run(many, "--out", tmp_path / "out", "--limit", 12)[0] == 0
-    assert commands(tmp_path / "out") == [k for k in WHOLE if k < 12]
+    assert commands(tmp_path / "out") == WHOLE[:12]
     assert run(many, "--out", tmp_path / "out", "--resume", "--limit", 12)[0] == 0  # nothing left to do
     assert run(many, "--out", tmp_path / "out", "--resume")[0] == 0
     assert commands(tmp_path / "out") == WHOLE
-    code, error, _ = run(many, "--out", tmp_path / "out", "--resume", "--split", "train")
-    assert code == 2 and re.search("was begun from .*'all'.*not from .*'train'", error)
+    write(tmp_path / "other", "viola", [make("viola")])
+    shutil.copy(many / "features.json", tmp_path / "other")
+    code, error, _ = run(tmp_path / "other", "--row", "roboturk", "--out", tmp_path / "out", "--resume")
+    assert code == 2 and "out holds 'roboturk: roboturk-train" in error and "choose another --out" in error
     shutil.copytree(undisturbed, tmp_path / "foreign")
-    (tmp_path / "foreign/meta/rlds.json").unlink()
+    (tmp_path / "foreign/meta/sources.jsonl").unlink()
     code, error, _ = run(many, "--out", tmp_path / "foreign", "--resume")
-    assert code == 2 and "was begun from None" in error
+    assert code == 2 and f"names the sources of 0 of {len(WHOLE)} episodes" in error
 
 
-REAL = rlds.work
+REAL = rlds.load
 
 
-def work_that_stalls(folder, *job):
-    """All but the first part wait until they are told to stop."""
-    while folder.name != f"{0:08d}" and rlds._ticks.value >= 0:
+def load_that_stalls(path, *job):
+    """All but the first shard's episodes wait for a file named "go"."""
+    while "-00000-" not in path.name and not Path(os.environ["GO"]).exists():
         time.sleep(0.05)
-    return REAL(folder, *job)
+    return REAL(path, *job)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_ctrl_c_and_kill_leave_a_whole_set_and_no_processes(many, tmp_path, kind):
     """A real process with real workers, stopped in the middle of 45 episodes."""
-    script = "import sys, common, test_rlds; from data import rlds; rlds.work = test_rlds.work_that_stalls\n"
+    script = "import sys, common, test_rlds; from data import rlds; rlds.load = test_rlds.load_that_stalls\n"
+    script += "rlds.LeRobotWriter = test_rlds.small_files\n"
     script += f"sys.argv = ['rlds', {str(many)!r}, '--out', {str(tmp_path / 'out')!r}, '--workers', '2']\n"
     script += "common.run_main(rlds.main)"
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GO": str(tmp_path / "go")}
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=env, stderr=subprocess.PIPE,
                                start_new_session=True)  # fmt: skip
     wait_for(lambda: (tmp_path / "out/meta/info.json").exists() or process.poll())
     os.killpg(process.pid, kind) if kind == signal.SIGINT else process.send_signal(kind)
+    if kind == signal.SIGINT:  # the episodes in work end
+        (tmp_path / "go").touch()
     error = process.communicate(timeout=100)[1].decode()
     if kind == signal.SIGINT:
         assert process.returncode == 130 and "with --resume to continue" in error and "Traceback" not in error, error
@@ -792,7 +792,7 @@ def test_ctrl_c_and_kill_leave_a_whole_set_and_no_processes(many, tmp_path, kind
             return True
 
     wait_for(gone)
-    assert commands(tmp_path / "out") == [k for k in WHOLE if k < 10]
+    assert commands(tmp_path / "out") == WHOLE[:10]
 
 
 def wait_for(condition) -> None:
@@ -809,8 +809,8 @@ def test_parser_agrees_with_tensorflow_datasets(bridge):
     """Every feature of every real episode, against the decoder of the format's owners."""
     tfds = pytest.importorskip("tensorflow_datasets")
     features = tfds.builder_from_directory(str(bridge)).info.features
-    for path, *_ in rlds.shards(bridge, "train"):
-        for record in rlds.records(path):
+    for path, count in rlds.shards(bridge, "train"):
+        for record in (rlds.read_record(path, k, count) for k in range(count)):
             ours, theirs = rlds.parse_example(record), list(features.deserialize_example_np(record)["steps"])
             for name in ("action", "language_embedding", "reward", "is_first"):
                 np.testing.assert_array_equal(ours[f"steps/{name}"], np.stack([s[name] for s in theirs]).ravel())
@@ -832,7 +832,7 @@ def converted(bridge, tmp_path_factory) -> Path:
 def test_bridge_converted(bridge, converted):
     """The real robot: the right columns, signs and rotation order, checked on the motion itself."""
     reader = LeRobotReader(converted)
-    raw = [e for _, e in rlds.episodes(rlds.shards(bridge, "train"))]
+    raw = [rlds.read_episode(path, k, n) for path, n in rlds.shards(bridge, "train") for k in range(n)]
     assert (reader.num_episodes, reader.fps, reader.lengths.tolist()) == (25, 5, [9] * 25)
     assert set(reader.cameras) == {"primary", "secondary"}
     ours, theirs, alike, alike_turn, plain, drift = [], [], [], [], [], []
@@ -887,9 +887,11 @@ def test_conversion_speed(tmp_path):
     steps |= {O: [TASK.encode()] * 60, "observation/front_rgb": ("image", (256, 256), clip)}
     root = write(tmp_path / "in", "roboturk", [steps] * 60)
     source, features = rlds.SOURCES["roboturk"], rlds.read_features(root)
-    rlds._ticks = rlds.multiprocessing.Value("q", 0)
+    size, ((path, count),) = {"primary": (256, 256)}, rlds.shards(root, "all")
     start, used = time.perf_counter(), time.process_time()
-    done = rlds.work(tmp_path / "out", rlds.shards(root, "all"), source, features, {"primary": (256, 256)})
+    with LeRobotWriter(tmp_path / "out", 10, "x", state_names=(), cameras=size) as writer:
+        for k in range(count):
+            writer.add_episode(**rlds.load(path, k, count, source, features, size).data)
     wall, used = time.perf_counter() - start, time.process_time() - used
-    print(f"{60 * len(done.rows) / wall:.0f} frames a second, {60 * len(done.rows) / used:.0f} a second of one core")
-    assert 60 * len(done.rows) / used > 300
+    print(f"{60 * count / wall:.0f} frames a second, {60 * count / used:.0f} a second of one core")
+    assert 60 * count / used > 300
