@@ -1,8 +1,9 @@
 """What must never differ between LatBot's stages.
 
 Process setup, the command line, the paper's unified action and state spaces (Sec. 6.1), the quantile normaliser
-(Sec. 6.3), image preprocessing, prompt templates (Sec. 6.2), the LeRobot reader and writer, the training stream,
-construction of the vision-language models, checkpoints, the learning-rate schedule and the metrics log.
+(Sec. 6.3), image preprocessing, prompt templates (Sec. 6.2), construction of the vision-language models, checkpoints,
+the learning-rate schedule and the metrics log. Data sets are read and written by `data.lerobot`, and `data.windows`
+makes training samples of them.
 
 Admission test for this file: would a bug in it otherwise have to be fixed twice? There is no loss, no stage's block,
 no training loop and no environment here.
@@ -18,7 +19,6 @@ Conventions, once and for all:
 
 import dataclasses
 import gc
-import io
 import json
 import math
 import os
@@ -27,18 +27,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,10 +50,6 @@ from tqdm import tqdm
 
 class InputError(ValueError):
     """Something the user can put right: the message says what, with which values, and what to type next."""
-
-
-class DamagedEpisode(InputError):
-    """One episode cannot be read; the others may well be. Training passes over it and counts it (`Windows.draw`)."""
 
 
 def parse_args(args_type: type, presets: dict[str, Any], description: str, argv: Sequence[str] | None = None):
@@ -281,15 +271,15 @@ def noise(shape: Sequence[int], index: Tensor, seed: int, device: torch.device, 
 # The unified spaces (Sec. 6.1), by name
 # --------------------------------------------------------------------------------------------------------------------
 
-_SIDES, _FINGERS = ("left", "right"), ("thumb", "index", "middle", "ring", "little")
-_TIPS = tuple(f"{s}_{finger}_{axis}" for s in _SIDES for finger in _FINGERS for axis in "xyz")
-ACTION_NAMES = (*(f"{s}_{n}" for s in _SIDES for n in ("x", "y", "z", "roll", "pitch", "yaw", "gripper")), *_TIPS)  # 44
-STATE_NAMES = (*(f"{s}_{n}" for s in _SIDES for n in ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper")), *_TIPS)  # 46
+SIDES, _FINGERS = ("left", "right"), ("thumb", "index", "middle", "ring", "little")
+_TIPS = tuple(f"{s}_{finger}_{axis}" for s in SIDES for finger in _FINGERS for axis in "xyz")
+ACTION_NAMES = (*(f"{s}_{n}" for s in SIDES for n in ("x", "y", "z", "roll", "pitch", "yaw", "gripper")), *_TIPS)  # 44
+STATE_NAMES = (*(f"{s}_{n}" for s in SIDES for n in ("x", "y", "z", "qx", "qy", "qz", "qw", "gripper")), *_TIPS)  # 46
 ARM_ACTION = ACTION_NAMES[7:14]  # a single arm is the right arm (our choice)
 ARM_STATE = STATE_NAMES[8:16]
-GRIPPERS = tuple(ACTION_NAMES.index(f"{s}_gripper") for s in _SIDES)  # columns 6 and 13
+GRIPPERS = tuple(ACTION_NAMES.index(f"{s}_gripper") for s in SIDES)  # columns 6 and 13
 MOTION = tuple(i for i in range(len(ACTION_NAMES)) if i not in GRIPPERS)  # the 42 columns with a squared error
-_ARMS = (("left", 0, 0), ("right", 7, 8))  # side, its first column in the actions, its first column in the states
+ARMS = (("left", 0, 0), ("right", 7, 8))  # side, its first column in the actions, its first column in the states
 
 
 def scatter(values: np.ndarray, names: Sequence[str], all_names: Sequence[str]) -> np.ndarray:
@@ -326,7 +316,7 @@ def conform(unified: np.ndarray, names: Sequence[str], all_names: Sequence[str],
     Raises InputError, which begins with `what`, its {} filled in, for a gripper that leaves [0, 1] by more than noise,
     and for quaternions without length 1."""
     out = np.array(unified)
-    for side, a, s in _ARMS:
+    for side, a, s in ARMS:
         gripper = out[:, s + 7 if all_names is STATE_NAMES else a + 6]
         if gripper.min() < -0.05 or gripper.max() > 1.05:
             raise InputError(
@@ -363,7 +353,7 @@ def compose_actions(actions: np.ndarray) -> np.ndarray:
     later one from the left), the last gripper command holds."""
     actions = np.asarray(actions, np.float64)
     out = actions.sum(-2)
-    for _, a, _ in _ARMS:
+    for _, a, _ in ARMS:
         euler = actions[..., a + 3 : a + 6]
         turn = Rotation.from_euler("xyz", euler[..., 0, :].reshape(-1, 3))
         for k in range(1, actions.shape[-2]):
@@ -383,7 +373,7 @@ def strided_actions(episode: dict[str, Any], starts: np.ndarray, stride: int) ->
         return episode["action"][starts]
     out = compose_actions(np.stack([episode["action"][starts + k] for k in range(stride)], 1))
     here, there, last = episode["state"][starts], episode["state"][starts + stride - 1], starts + stride - 1
-    for _, a, s in _ARMS:
+    for _, a, s in ARMS:
         if episode["state_mask"][s : s + 7].all():
             goal = apply_action(there[:, s : s + 3], there[:, s + 3 : s + 7], episode["action"][last, a : a + 6])
             out[:, a : a + 6] = relative_action(here[:, s : s + 3], here[:, s + 3 : s + 7], *goal)
@@ -396,7 +386,7 @@ def seen_from(camera: np.ndarray, action: np.ndarray, state: np.ndarray) -> tupl
     """The same actions (N, 44) and states (N, 46) in the frames of cameras (N, 7), position and quaternion xyzw: what a
     hand does is told as the camera sees it (Sec. 6.1). A rotation R becomes C^T R C. Absent hands stay zero."""
     action, state, turn = action.copy(), state.copy(), Rotation.from_quat(camera[:, 3:]).inv()
-    for _, a, s in _ARMS:
+    for _, a, s in ARMS:
         action[:, a : a + 3] = turn.apply(action[:, a : a + 3])
         spin = turn * Rotation.from_euler("xyz", action[:, a + 3 : a + 6]) * turn.inv()
         action[:, a + 3 : a + 6] = spin.as_euler("xyz", suppress_warnings=True)
@@ -413,8 +403,6 @@ def seen_from(camera: np.ndarray, action: np.ndarray, state: np.ndarray) -> tupl
 # --------------------------------------------------------------------------------------------------------------------
 # Quantile normalisation (Sec. 6.3: "following pi0.5, quantile normalization for action and state")
 # --------------------------------------------------------------------------------------------------------------------
-
-_ACTION, _STATE = "action", "observation.state"  # LeRobot's columns, and the keys of their statistics
 
 # (our choice) A dimension that moves less than this (2 mm, 2 mrad) is sensor noise: it is not blown up to [-1, 1].
 # Components of a quaternion get 0.1: a tool that always points down must not make a tilt of some degrees enormous.
@@ -457,135 +445,6 @@ class Normalizer(nn.Module):
         return x * self.scale + self.centre
 
 
-def stride_for(fps: float, hz: float) -> int:
-    """How many frames of a data set a step of a window at `hz` spans; 1 for slower data, which keep their own rate."""
-    return max(1, round(fps / hz))
-
-
-RATES = (10.0, 5.0)  # Hz of the full run's and of --small's windows: a written data set has statistics for both
-
-
-class Statistics:
-    """LeRobot's statistics of rows (N, width) that come in parts and need not fit in memory: min, max, mean, std, count
-    and the quantiles 1 and 99 %, of each column by itself.
-
-    Quantiles are exact up to 2 KEEP rows. From then on 2 KEEP values are sorted and every other one is dropped, the
-    rest counting twice; their like is thinned again to count four times, and so on (Munro and Paterson's selection with
-    limited storage). N rows take log2(N / KEEP) levels, each of which displaces a rank by at most N / (2 KEEP); as the
-    lower and the upper of a pair are dropped by turns, it is far less in practice."""
-
-    KEEP = 1 << 14
-
-    def __init__(self, width: int):
-        self.width = width
-        self.count, self.mean, self.moment = np.zeros(width, np.int64), np.zeros(width), np.zeros(width)
-        self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)
-        self.levels: list[list[np.ndarray]] = [[] for _ in range(width)]  # [column][h]: values that count 2**h times
-        self.thinned: list[list[int]] = [[] for _ in range(width)]  # how often, for the turns
-
-    def add(self, values: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Takes in rows (N, width); of those, with a mask (N, width), only the entries that are True."""
-        values = np.asarray(values)
-        for d in range(self.width):
-            column = values[:, d] if mask is None else values[mask[:, d], d]
-            if len(column):
-                wide = column.astype(np.float64)
-                mean = wide.mean()
-                self._moments(d, len(wide), mean, ((wide - mean) ** 2).sum(), wide.min(), wide.max())
-                self._push(d, 0, column.astype(np.float32))
-
-    def merge(self, other: "Statistics") -> None:
-        """Takes in the rows of another one, say those of another shard."""
-        for d in range(self.width):
-            if other.count[d]:
-                self._moments(d, other.count[d], other.mean[d], other.moment[d], other.low[d], other.high[d])
-            for h, values in enumerate(other.levels[d]):
-                self._push(d, h, values)
-
-    def _moments(self, d: int, n: int, mean: float, moment: float, low: float, high: float) -> None:
-        """Mean and sum of squared deviations of a union (Chan et al.)."""
-        total, away = self.count[d] + n, mean - self.mean[d]
-        self.moment[d] += moment + away * away * self.count[d] * n / total
-        self.mean[d] += away * n / total
-        self.count[d] = total
-        self.low[d], self.high[d] = min(self.low[d], low), max(self.high[d], high)
-
-    def _push(self, d: int, h: int, values: np.ndarray) -> None:
-        levels, thinned = self.levels[d], self.thinned[d]
-        if len(levels) == h:
-            levels.append(np.empty(0, np.float32))
-            thinned.append(0)
-        levels[h] = np.concatenate([levels[h], values])
-        while len(levels[h]) >= 2 * self.KEEP:
-            block, levels[h] = np.sort(levels[h][: 2 * self.KEEP]), levels[h][2 * self.KEEP :]
-            thinned[h] += 1
-            self._push(d, h + 1, block[thinned[h] % 2 :: 2])
-
-    def quantile(self, q: float) -> np.ndarray:
-        """The quantile q of each column (width,), interpolated as numpy does."""
-        out = np.empty(self.width)
-        for d, levels in enumerate(self.levels):
-            weights = np.repeat(2 ** np.arange(len(levels)), [len(v) for v in levels])
-            values = np.concatenate(levels).astype(np.float64)
-            order = np.argsort(values, kind="stable")
-            values, weights = values[order], weights[order]
-            ranks = np.cumsum(weights) - (weights + 1) / 2  # of the middle of the rows that a value stands for
-            out[d] = np.interp(q * (self.count[d] - 1), ranks, values)
-        return out
-
-    def result(self) -> dict[str, list]:
-        """min, max, mean, std, q01 and q99 per column, and count. Raises InputError for a column without rows."""
-        if not self.count.all():
-            raise InputError(f"no values for columns {np.flatnonzero(self.count == 0).tolist()} of {self.width}")
-        out = {"min": self.low, "max": self.high, "mean": self.mean, "std": np.sqrt(self.moment / self.count)}
-        out |= {"q01": self.quantile(0.01), "q99": self.quantile(0.99)}
-        return {k: v.tolist() for k, v in out.items()} | {"count": [int(self.count.max())]}
-
-
-def quantile_stats(values: np.ndarray) -> dict[str, list]:
-    """The statistics of rows (N, D) that are all there."""
-    total = Statistics(np.shape(values)[1])
-    total.add(values)
-    return total.result()
-
-
-class DatasetStatistics:
-    """The statistics of a data set, episode by episode, by the keys of its meta/stats.json: `observation.state`,
-    `action`, and `action.stride<N>` for actions composed over N steps, which windows at a lower rate consist of. Every
-    frame counts once: all windows that `Windows` can draw start somewhere, and each start has one action."""
-
-    def __init__(self, action_names: Sequence[str], state_names: Sequence[str], strides: Sequence[int]):
-        self.action_names, self.state_names, self.strides = action_names, state_names, sorted({1, *strides})
-        self.totals = {action_key(n): Statistics(len(action_names)) for n in self.strides if action_names}
-        self.totals |= {_STATE: Statistics(len(state_names))} if state_names else {}
-
-    def add(self, episode: dict[str, Any]) -> None:
-        """Takes in an episode as `LeRobotReader.episode` returns it, as seen from its camera where that moves."""
-        camera, state = episode.get("camera"), episode["state"]
-        if self.state_names:
-            seen = state if camera is None else seen_from(camera, episode["action"], state)[1]
-            self.totals[_STATE].add(gather(seen, self.state_names, STATE_NAMES))
-        for n in self.strides if self.action_names else ():
-            starts = np.arange(max(0, episode["steps"] - n + 1))
-            actions = strided_actions(episode, starts, n)
-            if camera is not None:
-                actions = seen_from(camera[starts], actions, state[starts])[0]
-            self.totals[action_key(n)].add(gather(actions, self.action_names, ACTION_NAMES))
-
-    def merge(self, other: "DatasetStatistics") -> None:
-        for key, total in self.totals.items():
-            total.merge(other.totals[key])
-
-    def result(self) -> dict[str, dict]:
-        """By key; a stride that is longer than every episode has none."""
-        return {key: total.result() for key, total in self.totals.items() if total.count.all()}
-
-
-def action_key(stride: int) -> str:
-    """The name of the statistics of actions composed over `stride` steps."""
-    return _ACTION if stride == 1 else f"{_ACTION}.stride{stride}"
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Images: one preprocessing for training, evaluation and the robot
 # --------------------------------------------------------------------------------------------------------------------
@@ -606,889 +465,6 @@ def prepare_images(images: np.ndarray, size: int) -> Tensor:
     x = F.interpolate(x.reshape(-1, 3, h, w), (nh, nw), mode="bilinear", antialias=True)
     top, left = (size - nh) // 2, (size - nw) // 2
     return F.pad(x, (left, size - nw - left, top, size - nh - top)).reshape(*lead, 3, size, size)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# LeRobot data sets: writer (v3.0) and reader (v2.1 and v3.0)
-# --------------------------------------------------------------------------------------------------------------------
-
-_IMAGE = "observation.images."
-_CAMERA = "observation.camera"  # where the camera moves: its pose, 7 numbers, in the frame of action and state
-_CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside and renames: a reader never sees half a file. An innermost list or table takes one line."""
-    partial = path.with_name(path.name + ".partial")
-    flat = lambda m: m[1] + re.sub(r"\n\s*", " ", m[2]) + m[3]  # a line break is never inside a JSON string
-    text = re.sub(r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])", flat, json.dumps(value, indent=1))
-    partial.write_text(text + "\n")
-    os.replace(partial, path)
-
-
-def _write_parquet(path: Path, table: pa.Table) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, partial := path.with_name(path.name + ".partial"))
-    os.replace(partial, path)
-
-
-def _text_table(texts: dict[str, int], index: str) -> pa.Table:
-    """LeRobot's tables of texts are pandas frames whose row labels are the texts; this metadata tells pandas so."""
-    column = lambda name, field, kind, numpy: {
-        "name": name, "field_name": field, "pandas_type": kind, "numpy_type": numpy, "metadata": None,
-    }  # fmt: skip
-    label = "__index_level_0__"
-    frame = {
-        "index_columns": [label], "column_indexes": [column(None, None, "unicode", "object")],
-        "pandas_version": "2.2.0",
-        "columns": [column(index, index, "int64", "int64"), column(None, label, "unicode", "object")],
-    }  # fmt: skip
-    table = pa.table({index: pa.array(texts.values(), pa.int64()), label: pa.array(texts, pa.string())})
-    return table.replace_schema_metadata({"pandas": json.dumps(frame)})
-
-
-def _h264(container: av.container.OutputContainer, size: tuple[int, int], fps: float) -> av.VideoStream:
-    """A key frame every 8 frames, so that reading any window costs a seek and a short decode."""
-    stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-    stream.height, stream.width = size
-    stream.pix_fmt = "yuv420p"
-    # x264's look-ahead is not reproducible when two encoders run in one process: the same frames, other bytes.
-    stream.options = {"crf": "20", "preset": "veryfast", "g": "8", "bf": "0"}
-    stream.options |= {"x264-params": "mbtree=0:rc-lookahead=0"}
-    stream.codec_context.thread_count = 1
-    return stream
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One camera's frames of an episode, encoded as the writer would: what a converter's worker process hands over.
-    Megabytes become kilobytes, and the writer has only to append them."""
-
-    data: bytes
-    shape: tuple[int, ...]  # (n, H, W, 3)
-
-    @classmethod
-    def encode(cls, frames: Iterable[np.ndarray], size: tuple[int, int], fps: float) -> "Clip":
-        """frames: uint8 (H, W, 3), one after another; size: (height, width)."""
-        buffer, n, to_yuv = io.BytesIO(), 0, av.video.reformatter.VideoReformatter()
-        with av.open(buffer, "w", format="mp4") as container:
-            stream = _h264(container, size, fps)
-            for image in frames:
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                frame = to_yuv.reformat(frame, format="yuv420p", threads=1)  # by itself it would start some
-                container.mux(stream.encode(frame))
-                n += 1
-            container.mux(stream.encode())
-        return cls(buffer.getvalue(), (n, *size, 3))
-
-
-class _Video:
-    """An h264 file that grows clip by clip, under another name until it is closed."""
-
-    def __init__(self, path: Path, size: tuple[int, int], fps: float):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial, self.size, self.fps = path, path.with_name(path.name + ".partial"), size, fps
-        self.container = av.open(str(self.partial), "w", format="mp4")
-        self.stream, self.frames = None, 0
-
-    def add(self, clip: np.ndarray | Clip) -> None:
-        # Encoded here and now, or by a worker: the file comes out the same.
-        data = (clip if isinstance(clip, Clip) else Clip.encode(clip, self.size, self.fps)).data
-        with av.open(io.BytesIO(data)) as part:
-            if self.stream is None:
-                self.stream = self.container.add_stream_from_template(part.streams.video[0])
-            for packet in part.demux(video=0):
-                if packet.size:
-                    packet.stream, packet.time_base = self.stream, 1 / Fraction(self.fps).limit_denominator(1001)
-                    packet.pts = packet.dts = self.frames
-                    packet.duration, self.frames = 1, self.frames + 1
-                    self.container.mux(packet)
-
-    def close(self, keep: bool = True) -> None:
-        self.container.close()
-        os.replace(self.partial, self.path) if keep else self.partial.unlink(missing_ok=True)
-
-
-class LeRobotWriter:
-    """Writes a LeRobot v3.0 data set, episode by episode, as a context manager.
-
-    Every `episodes_per_file` episodes, and at the end, what has come so far is a complete, valid data set on disk: a
-    kill loses at most the episodes since then, and `resume=True` goes on after them.
-
-    cameras: name -> (height, width), even numbers; action_names and state_names: columns by their unified names. With
-    no action_names the change of the state is the action; with neither it is video alone, without actions.
-    moving_camera: episodes carry the primary camera's pose, and readers tell actions and states in its frame.
-
-    meta/stats.json gets the statistics of actions as they are and composed to 10 and 5 Hz (RATES)."""
-
-    def __init__(
-        self, root: Path | str, fps: float = 10, robot_type: str = "fr3", action_names: Sequence[str] = ARM_ACTION,
-        state_names: Sequence[str] = ARM_STATE, cameras: dict[str, tuple[int, int]] | None = None,
-        resume: bool = False, episodes_per_file: int = 50, moving_camera: bool = False,
-    ):  # fmt: skip
-        self.root, self.fps, self.robot_type, self.moving_camera = Path(root), fps, robot_type, moving_camera
-        self.action_names, self.state_names = tuple(action_names), tuple(state_names)
-        scatter(np.zeros(len(self.action_names)), self.action_names, ACTION_NAMES)  # refuses unknown names
-        scatter(np.zeros(len(self.state_names)), self.state_names, STATE_NAMES)
-        self.cameras, self.episodes_per_file = dict(cameras or {}), episodes_per_file
-        if any(h % 2 or w % 2 for h, w in self.cameras.values()):
-            raise InputError(f"cameras {self.cameras}: height and width must be even (h264 halves the colours)")
-        self.tasks: dict[str, int] = {}
-        self.subtasks: dict[str, int] = {}
-        self.episodes: list[dict] = []
-        self.statistics = DatasetStatistics(self.action_names, self.state_names, [stride_for(fps, hz) for hz in RATES])
-        self.pending: list[tuple] = []
-        self.videos: dict[str, _Video] = {}
-        self.file = 0
-        if (self.root / "meta/info.json").exists():
-            if not resume:
-                raise InputError(f"{self.root} holds a data set: add --resume to extend it, or choose another --out")
-            self._continue()
-        elif self.root.exists() and (there := sorted(p.name for p in self.root.iterdir())):
-            # What a recorder leaves that died before its first flush is taken over, and nothing else.
-            if not resume or not set(there) <= {"meta", "data", "videos"}:
-                raise InputError(f"{self.root} is not empty ({', '.join(there[:4])}) and holds no data set: choose "
-                                 f"another --out, or --resume if a recorder died in it")  # fmt: skip
-
-    @property
-    def num_episodes(self) -> int:
-        return len(self.episodes) + len(self.pending)
-
-    def __enter__(self) -> "LeRobotWriter":
-        return self
-
-    def __exit__(self, kind, value, trace) -> None:
-        if self.pending:
-            self.flush()
-        while self.videos:  # frames of an episode that was interrupted, and of no other
-            self.videos.popitem()[1].close(keep=False)
-
-    def _continue(self) -> None:
-        old = LeRobotReader(self.root)
-        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera)
-        names = tuple(tuple(old.mapping.get(kind) or ()) for kind in ("action", "state"))
-        sizes = {name: tuple(old.info["features"][key]["shape"][:2]) for name, key in old.mapping["images"].items()}
-        there = (*names, sizes, float(old.fps), _CAMERA in old.info["features"])
-        if here != there:
-            raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
-                             f"another --out")  # fmt: skip
-        self.tasks = {t: i for i, t in enumerate(old.tasks)}
-        self.subtasks = {t: i for i, t in enumerate(old.subtasks)}
-        self.episodes = old.episodes
-        self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1
-        for i in tqdm(range(old.num_episodes), "statistics so far", unit="episode", mininterval=1, leave=False):
-            self.statistics.add(old.episode(i))
-        if old.info["total_episodes"] != len(self.episodes):
-            self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
-
-    def add_episode(
-        self, frames: dict[str, np.ndarray | Clip], action: np.ndarray, state: np.ndarray, task: str,
-        subtasks: Sequence[str] | None = None, camera: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """One episode of n steps: frames[camera] uint8 (n, H, W, 3) or a `Clip` of them, action (n, A), state (n, S),
-        the instruction, optionally the text of the present phase at each step, and with `moving_camera` the camera's
-        pose (n, 7). Raises InputError where shapes or values do not fit."""
-        n, action, state = len(action), np.asarray(action, np.float32), np.asarray(state, np.float32)
-        want = (n, len(self.action_names)), (n, len(self.state_names))
-        if n < 2 or (action.shape, state.shape) != want:
-            raise InputError(f"episode with action {action.shape} and state {state.shape}: need {want}, n >= 2")
-        if not (np.isfinite(action).all() and np.isfinite(state).all()):
-            raise InputError("episode with NaN or infinite actions or states")
-        if not task.strip():
-            raise InputError("episode without an instruction")
-        if subtasks is not None and len(subtasks) != n:
-            raise InputError(f"{len(subtasks)} subtask texts for {n} steps")
-        pose = None if camera is None else np.asarray(camera, np.float32)
-        if (camera is None) == self.moving_camera or camera is not None and np.shape(camera) != (n, 7):
-            raise InputError(f"camera poses {np.shape(camera)} for {n} steps, moving_camera={self.moving_camera}")
-        for name, size in self.cameras.items():
-            clip = frames.get(name, np.empty(0))
-            if getattr(clip, "dtype", np.uint8) != np.uint8 or clip.shape != (n, *size, 3):
-                raise InputError(f"camera {name}: frames {clip.shape}, expected uint8 {(n, *size, 3)}")
-        spaces = (action, self.action_names, ACTION_NAMES), (state, self.state_names, STATE_NAMES)
-        action, state = (gather(conform(scatter(*s), *s[1:], "episode whose {}"), *s[1:]) for s in spaces)
-        for name, size in self.cameras.items():
-            if name not in self.videos:
-                self.videos[name] = _Video(self._file(f"videos/{_IMAGE}{name}", "mp4"), size, self.fps)
-            self.videos[name].add(frames[name])
-        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n, pose))
-        if len(self.pending) >= self.episodes_per_file:
-            self.flush()
-
-    def _file(self, folder: str, suffix: str) -> Path:
-        part = _CHUNK.format(chunk_index=self.file // 1000, file_index=self.file % 1000)
-        return self.root / f"{folder}/{part}.{suffix}"
-
-    def flush(self) -> None:
-        """Writes the pending episodes as one new data file, one video per camera, and then the metadata."""
-        file = {"chunk_index": self.file // 1000, "file_index": self.file % 1000}
-        first = start = self.episodes[-1]["dataset_to_index"] if self.episodes else 0
-        whole: dict[str, list] = {"frame_index": [], "episode_index": [], "task_index": [], "subtask_index": []}
-        for action, state, task, subtasks, camera in self.pending:
-            n, e = len(action), len(self.episodes)
-            whole["frame_index"] += range(n)
-            whole["episode_index"] += [e] * n
-            whole["task_index"] += [self.tasks.setdefault(task, len(self.tasks))] * n
-            whole["subtask_index"] += [self.subtasks.setdefault(s, len(self.subtasks)) for s in subtasks]
-            row = {"episode_index": e, "tasks": [task], "length": n}
-            row |= {"dataset_from_index": start, "dataset_to_index": start + n}
-            row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-            row |= {f"data/{k}": v for k, v in file.items()}
-            clock = {"from_timestamp": (start - first) / self.fps, "to_timestamp": (start - first + n) / self.fps}
-            for name in self.cameras:
-                row |= {f"videos/{_IMAGE}{name}/{k}": v for k, v in (file | clock).items()}
-            start += n
-            self.episodes.append(row)
-            unified = {"action": scatter(action, self.action_names, ACTION_NAMES), "steps": n}
-            unified |= {"state": scatter(state, self.state_names, STATE_NAMES)}
-            self.statistics.add(unified | {"state_mask": np.isin(STATE_NAMES, self.state_names), "camera": camera})
-        while self.videos:
-            self.videos.popitem()[1].close()
-        lists = {}
-        for k, (key, names) in enumerate(((_ACTION, self.action_names), (_STATE, self.state_names))):
-            if names:
-                values = np.concatenate([p[k] for p in self.pending])
-                lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), len(names))
-        if self.moving_camera:
-            poses = np.concatenate([p[4] for p in self.pending])
-            lists[_CAMERA] = pa.FixedSizeListArray.from_arrays(pa.array(poses.ravel()), 7)
-        seconds = np.array(whole["frame_index"]) / self.fps
-        whole["index"] = range(first, start)
-        integers = {k: pa.array(v, pa.int64()) for k, v in whole.items()}
-        table = pa.table({**lists, "timestamp": pa.array(seconds, pa.float32()), **integers})
-        _write_parquet(self._file("data", "parquet"), table)
-        self.pending, self.file = [], self.file + 1
-        self._write_meta()
-
-    def _write_meta(self) -> None:
-        meta = self.root / "meta"
-        _write_parquet(meta / "tasks.parquet", _text_table(self.tasks, "task_index"))
-        _write_parquet(meta / "subtasks.parquet", _text_table(self.subtasks, "subtask_index"))
-        _write_parquet(meta / "episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(self.episodes))
-        write_json(meta / "stats.json", self.statistics.result())
-        features: dict[str, dict] = {
-            key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
-            for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names))
-            if names
-        }
-        if self.moving_camera:
-            features[_CAMERA] = {"dtype": "float32", "shape": [7], "names": ["x", "y", "z", "qx", "qy", "qz", "qw"]}
-        for key in ("timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index"):
-            features[key] = {"dtype": "float32" if key == "timestamp" else "int64", "shape": [1], "names": None}
-        for name, (h, w) in self.cameras.items():
-            info = {"video.height": h, "video.width": w, "video.channels": 3, "video.fps": self.fps, "has_audio": False}
-            info |= {"video.codec": "h264", "video.pix_fmt": "yuv420p", "video.is_depth_map": False}
-            names = ["height", "width", "channels"]
-            features[_IMAGE + name] = {"dtype": "video", "shape": [h, w, 3], "names": names, "info": info}
-        write_json(meta / "info.json", {  # last: a data set exists from here on
-            "codebase_version": "v3.0", "robot_type": self.robot_type, "fps": self.fps,
-            "total_episodes": len(self.episodes), "total_frames": self.episodes[-1]["dataset_to_index"],
-            "total_tasks": len(self.tasks), "chunks_size": 1000, "splits": {"train": f"0:{len(self.episodes)}"},
-            "data_files_size_in_mb": 100, "video_files_size_in_mb": 200,
-            "data_path": f"data/{_CHUNK}.parquet", "video_path": f"videos/{{video_key}}/{_CHUNK}.mp4",
-            "action_free": not (self.action_names or self.state_names), "features": features,
-        })  # fmt: skip
-
-
-def _rotations(columns: dict[str, np.ndarray], all_names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Columns (n,) by name, with rotations told as `all_names` tells them: a mapping may also name Euler angles (state:
-    roll, pitch, yaw, extrinsic xyz) and rotation vectors (rx, ry, rz), where a side has all three."""
-    columns, euler = dict(columns), partial(Rotation.from_euler, "xyz")
-    own = ("qx", "qy", "qz", "qw") if all_names is STATE_NAMES else ("roll", "pitch", "yaw")
-    for side in _SIDES:
-        for told, read in ((("roll", "pitch", "yaw"), euler), (("rx", "ry", "rz"), Rotation.from_rotvec)):
-            names = [f"{side}_{n}" for n in told]
-            if names[0] not in all_names and all(n in columns for n in names):
-                turn = read(np.stack([columns.pop(n) for n in names], 1))
-                values = turn.as_quat() if all_names is STATE_NAMES else turn.as_euler("xyz")
-                columns |= {f"{side}_{n}": v for n, v in zip(own, values.T, strict=True)}
-    return columns
-
-
-class LeRobotReader:
-    """Reads a LeRobot data set, v3.0 or v2.1, into the unified spaces.
-
-    A data set whose columns carry our names needs nothing else. One made by others is described by a mapping, a JSON
-    file (see `data/mappings/`), given as `PATH@MAPPING`: where `images`, `state` and `action` (relative) or `target`
-    (absolute commanded pose, by the state's names) are found, each as {"column", "index", and optionally "scale" and
-    "offset"}, and the `stats` that `python -m data.stats` puts there. A mapping with neither action nor target gives
-    the change of the state's pose from t to t+1 as the action; one with "state": {} and "action": {} says that there is
-    only video, whose windows have every action masked. Rotations may also be Euler angles or rotation vectors, named
-    right_roll, right_pitch, right_yaw or right_rx, right_ry, right_rz (state, target; the latter also action).
-
-    Raises InputError for a missing path, column, camera or statistics, and DamagedEpisode for an episode whose video is
-    absent, broken, cut short or of another resolution than info.json says, or whose numbers are incomplete or NaN."""
-
-    def __init__(self, source: Path | str):
-        path, _, mapping = str(source).partition("@")
-        self.source, self.root = str(source), Path(path)
-        if not (self.root / "meta/info.json").exists():
-            raise InputError(
-                f"no LeRobot data set at {self.root} (no meta/info.json): record one with "
-                f"`python franka.py --record 100 --task all --out {self.root}`, or give another --data"
-            )
-        self.info = self._json(self.root / "meta/info.json")
-        version = self.info.get("codebase_version", "?")
-        if version not in ("v2.0", "v2.1", "v3.0"):
-            raise InputError(f"{self.root}: LeRobot format {version} is not supported (v2.1 and v3.0 are)")
-        if lacking := sorted({"fps", "features", "data_path", "video_path"} - set(self.info)):
-            raise InputError(f"{self.root}/meta/info.json lacks {lacking}: copy the data set again")
-        self.v3, self.fps = version == "v3.0", float(self.info["fps"])
-        self.mapping, self.mapping_path = self._load_mapping(mapping)
-        self._check_columns()
-        self._load_meta()
-        self._tables: OrderedDict[str, pa.Table] = OrderedDict()
-        self._videos: OrderedDict[str, av.container.InputContainer] = OrderedDict()
-        self._pid = os.getpid()
-        self._cache: dict[tuple[int, str, int], Tensor] = {}
-
-    # -- metadata -------------------------------------------------------------------------------------------------
-
-    def _json(self, path: Path, lines: bool = False) -> Any:
-        try:
-            text = path.read_text()
-            return [json.loads(row) for row in text.splitlines() if row.strip()] if lines else json.loads(text)
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
-
-    def _load_mapping(self, name: str) -> tuple[dict, Path | None]:
-        features = self.info["features"]
-        if name:
-            folder = Path(__file__).parent / "data/mappings"
-            path = next((p for p in (Path(name), folder / f"{name}.json") if p.is_file()), None)
-            if path is None:
-                known = sorted(p.stem for p in folder.glob("*.json"))
-                raise InputError(f"no mapping {name!r}: give a JSON file or one of {known} after {self.root}@")
-            mapping = self._json(path)
-            if not isinstance(mapping, dict):
-                raise InputError(f"{path} is no mapping: a JSON object like data/mappings/sim_pick_place.json is one")
-            return mapping, path
-        named: dict[str, Any] = {"images": {k.removeprefix(_IMAGE): k for k in features if k.startswith(_IMAGE)}}
-        for key, kind in ((_STATE, "state"), (_ACTION, "action")):
-            names = (features.get(key) or {}).get("names")
-            names = names.get("motors", names) if isinstance(names, dict) else names
-            named[kind] = {n: {"column": key, "index": i} for i, n in enumerate(names or [])}
-        return named, None
-
-    def _check_columns(self) -> None:
-        m, features = self.mapping, self.info["features"]
-        hint = "columns must carry the unified names, or a mapping must name them: --data PATH@MAPPING (data/mappings)"
-        if self.mapping_path:
-            hint = f"{self.mapping_path} must name some of the columns {sorted(features)}"
-        video_only = self.info.get("action_free") or (self.mapping_path and m.get("state") == m.get("action") == {})
-        if not (m.get("state") or m.get("action") or video_only):
-            raise InputError(f"{self.source}: neither `{_STATE}` nor `{_ACTION}` with names in meta/info.json; {hint}")
-        own = {}
-        for kind, names in (("state", STATE_NAMES), ("action", ACTION_NAMES), ("target", STATE_NAMES)):
-            own[kind] = tuple(_rotations({n: np.zeros(1) for n in m.get(kind) or {}}, names))
-            unknown = [n for n in own[kind] if n not in names]
-            absent = sorted({c["column"] for c in (m.get(kind) or {}).values()} - set(features))
-            if unknown or absent:
-                raise InputError(f"{self.source}: {kind} has unknown names {unknown}, absent columns {absent}; {hint}")
-        absent = [k for k in m.get("images", {}).values() if k not in features]
-        if absent or not m.get("images"):
-            raise InputError(f"{self.source}: no camera columns {absent or [_IMAGE + '*']} in meta/info.json; {hint}")
-        self.cameras, self.state_names = tuple(m["images"]), own["state"]
-        self.action_names = own["action"] or tuple(self._names_from_poses(own["target"]))
-
-    def _names_from_poses(self, target: Sequence[str]) -> list[str]:
-        """Where actions are made from poses: translations and fingertips that both ends know, rotations whose whole
-        quaternion they know, and the gripper, which is absolute, where the later end knows it."""
-        later = set(target or self.state_names)
-        both = later & set(self.state_names)
-        turns = {s for s in _SIDES if all(f"{s}_q{c}" in both for c in "xyzw")}
-        known = lambda n: n.split("_")[0] in turns if n.endswith(("roll", "pitch", "yaw")) else n in both
-        return [n for n in ACTION_NAMES if (n in later if n.endswith("gripper") else known(n))]
-
-    def _load_meta(self) -> None:
-        meta = self.root / "meta"
-        if self.v3:
-            files = sorted((meta / "episodes").rglob("*.parquet"))
-            if not files or not (meta / "tasks.parquet").exists():
-                raise InputError(f"{self.source}: meta/episodes or meta/tasks.parquet is absent: copy it again")
-            rows = [row for f in files for row in self._parquet(f).to_pylist()]
-            self.tasks, self.subtasks = (self._texts(meta / f"{k}s.parquet", f"{k}_index") for k in ("task", "subtask"))
-        else:
-            rows, tasks = (self._json(meta / f"{k}.jsonl", lines=True) for k in ("episodes", "tasks"))
-            self.tasks, self.subtasks = [t["task"] for t in sorted(tasks, key=lambda t: t["task_index"])], []
-        self.episodes = sorted(rows, key=lambda r: r["episode_index"])
-        self.num_episodes = len(self.episodes)
-        if not self.num_episodes:
-            raise InputError(f"{self.source} holds no episodes")
-        self.lengths = np.array([r["length"] for r in self.episodes])
-        # A mapped data set's own statistics describe its own columns, so only the mapping's will do.
-        path = meta / "stats.json"
-        self.stats = self.mapping.get("stats", {}) if self.mapping_path else self._json(path) if path.exists() else {}
-
-    def _parquet(self, path: Path) -> pa.Table:
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
-
-    def _texts(self, path: Path, index: str) -> list[str]:
-        if not path.exists():
-            return []
-        table = self._parquet(path).to_pydict()
-        text = next(v for k, v in table.items() if k != index)
-        return [t for _, t in sorted(zip(table[index], text, strict=True))]
-
-    def normalizers(self, stride: int = 1) -> tuple[Normalizer, Normalizer]:
-        """The action's and the state's normaliser. Composed actions (stride > 1) have statistics of their own.
-
-        Raises InputError, naming the command that computes them, when the statistics are missing."""
-        none = {"q01": [], "q99": []}  # of video without actions
-        action = self.stats.get(action_key(stride)) if self.action_names else none
-        state = self.stats.get(_STATE) if self.state_names else none
-        hint = self.source if stride == 1 else f"{self.source} --stride {stride}"
-        return (
-            Normalizer.from_stats(action, self.action_names, ACTION_NAMES, hint),
-            Normalizer.from_stats(state, self.state_names, STATE_NAMES, self.source),
-        )
-
-    # -- numbers --------------------------------------------------------------------------------------------------
-
-    def _table(self, i: int) -> pa.Table:
-        row = self.episodes[i]
-        path = self.root / self.info["data_path"].format(**self._place(row, "data"))
-        if str(path) not in self._tables:
-            wanted = {c["column"] for k in ("state", "action", "target") for c in (self.mapping.get(k) or {}).values()}
-            try:
-                names = pq.read_schema(path).names
-                wanted |= {"episode_index", "task_index"}
-                wanted |= {_CAMERA} & set(self.info["features"])
-                lacking = sorted(wanted - set(names))
-                if lacking:
-                    raise InputError(f"{path} lacks the columns {lacking}: convert the data set again")
-                wanted |= {"subtask_index"} & set(names)
-                self._tables[str(path)] = pq.read_table(path, columns=sorted(wanted))
-            except (OSError, pa.ArrowInvalid) as error:
-                raise DamagedEpisode(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
-            while len(self._tables) > 16:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(str(path))
-        table = self._tables[str(path)]
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == row["episode_index"])
-        if len(rows) != row["length"]:
-            raise DamagedEpisode(
-                f"{path} holds {len(rows)} of the {row['length']} steps of episode {row['episode_index']} of "
-                f"{self.source}: copy the data set again"
-            )
-        return table.slice(rows[0], len(rows))
-
-    def _place(self, row: dict, key: str) -> dict[str, int]:
-        """What fills in the path of an episode's data or video."""
-        if self.v3:
-            return {k: row[f"{key}/{k}"] for k in ("chunk_index", "file_index")}
-        e = row["episode_index"]
-        return {"episode_chunk": e // self.info.get("chunks_size", 1000), "episode_index": e}
-
-    @staticmethod
-    def _array(column: pa.ChunkedArray) -> np.ndarray:
-        """A column of numbers or of lists of numbers as float64 (n, width); a null becomes NaN."""
-        array = column.combine_chunks()
-        flat = array.flatten() if hasattr(array.type, "value_type") else array
-        return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
-
-    def _columns(self, i: int, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
-        """Mapped columns of episode i, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
-        mapping = self.mapping.get(kind) or {}
-        arrays = {name: self._array(table[name]) for name in {c["column"] for c in mapping.values()}}
-        short = sorted({c["column"] for c in mapping.values() if c["index"] >= arrays[c["column"]].shape[1]})
-        if short:
-            raise InputError(f"{self.source}: columns {short} have fewer dimensions than names")
-        read = lambda c: arrays[c["column"]][:, c["index"]] * c.get("scale", 1.0) + c.get("offset", 0.0)
-        values = _rotations({name: read(c) for name, c in mapping.items()}, all_names)
-        flat = np.stack(list(values.values()), 1) if values else np.zeros((len(table), 0))
-        out = scatter(flat, tuple(values), all_names)
-        if not np.isfinite(out).all():
-            raise DamagedEpisode(f"{self.source}: NaN or infinite {kind} in episode {i}: leave it out")
-        return conform(out, tuple(values), all_names, f"{self.source}: {{}} ({kind})")
-
-    def episode(self, i: int) -> dict[str, Any]:
-        """Episode i: action (n, 44), action_mask (44,), state (n, 46), state_mask (46,) in physical units, steps (how
-        many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none),
-        and camera (n, 7), its pose in the frame of action and state where it moves, else None: see `seen_from`."""
-        table = self._table(i)
-        n = steps = len(table)
-        state = self._columns(i, table, "state", STATE_NAMES)
-        if self.mapping.get("action"):
-            action = self._columns(i, table, "action", ACTION_NAMES)
-        elif self.mapping.get("target"):
-            action = self._change(state, self._columns(i, table, "target", STATE_NAMES))
-        else:
-            action, steps = self._change(state, np.concatenate([state[1:], state[-1:]])), n - 1
-        if (number := table["task_index"][0].as_py()) not in range(len(self.tasks)):
-            raise DamagedEpisode(f"{self.source}: episode {i} has task {number} of {len(self.tasks)}: leave it out")
-        task = self.tasks[number]
-        subtask = [task] * n
-        if self.subtasks and "subtask_index" in table.column_names:
-            subtask = [self.subtasks[k] for k in table["subtask_index"].to_pylist()]
-        return {
-            "action": action.astype(np.float32), "action_mask": np.isin(ACTION_NAMES, self.action_names),
-            "state": state.astype(np.float32), "state_mask": np.isin(STATE_NAMES, self.state_names),
-            "steps": steps, "task": task, "subtask": subtask,
-            "camera": self._array(table[_CAMERA]) if _CAMERA in table.column_names else None,
-        }  # fmt: skip
-
-    def _change(self, state: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """The unified actions (n, 44) that lead from states to target states, both (n, 46)."""
-        action = np.zeros((len(state), len(ACTION_NAMES)))
-        for side, a, s in _ARMS:
-            action[:, a : a + 3] = target[:, s : s + 3] - state[:, s : s + 3]
-            if f"{side}_roll" in self.action_names:
-                goal = target[:, s : s + 3], target[:, s + 3 : s + 7]
-                action[:, a : a + 6] = relative_action(state[:, s : s + 3], state[:, s + 3 : s + 7], *goal)
-            action[:, a + 6] = target[:, s + 7]
-        action[:, 14:] = target[:, 16:] - state[:, 16:]
-        return np.where(np.isin(ACTION_NAMES, self.action_names), action, 0.0)
-
-    # -- pictures -------------------------------------------------------------------------------------------------
-
-    def video_path(self, i: int, camera: str) -> tuple[Path, float]:
-        """The file that holds episode i as seen by a camera, and the time in it at which the episode starts."""
-        if camera not in self.mapping["images"]:
-            raise InputError(f"{self.source} has no camera {camera!r}, it has {list(self.cameras)}: choose one of them")
-        key, row = self.mapping["images"][camera], self.episodes[i]
-        place = self._place(row, f"videos/{key}")
-        start = row[f"videos/{key}/from_timestamp"] if self.v3 else 0.0
-        return self.root / self.info["video_path"].format(video_key=key, **place), start
-
-    def frames(self, i: int, camera: str, indices: Sequence[int]) -> np.ndarray:
-        """Frames of episode i, in the order asked for: uint8 (len(indices), H, W, 3)."""
-        assert len(indices) and 0 <= min(indices) and max(indices) < self.lengths[i], (i, indices)
-        path, start = self.video_path(i, camera)
-        numbers = [round(start * self.fps + k) for k in indices]  # frame numbers in the file
-        missing, found = set(numbers), {}
-        feature = self.info["features"][self.mapping["images"][camera]]
-        listed = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
-        to_rgb = av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make its tables anew
-        try:
-            container = self._open(path)
-            stream = container.streams.video[0]
-            base = float(stream.time_base)
-            # A quarter frame past the wanted one, against rounding; from the start where a file's index misleads.
-            for second in ((min(numbers) + 0.25) / self.fps, 0.0):
-                container.seek(int(second / base), stream=stream, backward=True)
-                for frame in container.decode(stream):
-                    # A decoder makes something up where a picture is broken, and hands it on to those that follow.
-                    if frame.is_corrupt or frame.pts is None:
-                        raise OSError("a picture is broken")
-                    number = round(frame.pts * base * self.fps)
-                    h, w = frame.height, frame.width
-                    if (h, w) != (listed.get("height", h), listed.get("width", w)):
-                        raise DamagedEpisode(
-                            f"video {path} has {h} x {w} pixels (episode {i} of {self.source}), meta/info.json says "
-                            f"{listed['height']} x {listed['width']}: convert it again"
-                        )
-                    if number in missing:
-                        found[number] = to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-                        missing.discard(number)
-                    if not missing or number > max(missing):
-                        break
-                if not missing:
-                    return np.stack([found[k] for k in numbers])
-        except (av.error.FFmpegError, OSError, IndexError) as error:
-            if str(path) in self._videos:
-                self._videos.pop(str(path)).close()  # whatever state it is in, the next episode starts from a new one
-            raise DamagedEpisode(
-                f"cannot read video {path} (episode {i} of {self.source}): {error}; copy the file again"
-            ) from None
-        raise DamagedEpisode(
-            f"video {path} is cut short: it lacks frames of episode {i} of {self.source}; copy the file again"
-        )
-
-    def pictures(self, i: int, camera: str, indices: Sequence[int], size: int) -> Tensor:
-        """The same frames, prepared: uint8 (len(indices), 3, size, size)."""
-        if (i, camera, size) in self._cache:
-            return self._cache[i, camera, size][list(indices)]
-        return prepare_images(self.frames(i, camera, indices), size)
-
-    def _open(self, path: Path) -> av.container.InputContainer:
-        if self._pid != os.getpid():  # forked: a worker must not share its parent's file positions
-            self._videos, self._pid = OrderedDict(), os.getpid()
-        key = str(path)
-        if key not in self._videos:
-            if not path.is_file():
-                raise DamagedEpisode(
-                    f"video {path} is absent, listed by {self.source}: copy it, or choose another camera"
-                )
-            self._videos[key] = av.open(key, metadata_errors="ignore")
-            context = self._videos[key].streams.video[0].codec_context
-            if context is None:
-                raise OSError("its codec is unknown")
-            context.thread_type, context.thread_count = "NONE", 1  # the DataLoader's workers are the parallelism
-            while len(self._videos) > 8:
-                self._videos.popitem(last=False)[1].close()
-        self._videos.move_to_end(key)
-        return self._videos[key]
-
-    def close(self) -> None:
-        """Closes the open videos."""
-        while self._videos:
-            self._videos.popitem()[1].close()
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_videos": OrderedDict(), "_tables": OrderedDict()}  # for workers that are not forked
-
-    def preload(self, camera: str, size: int, episodes: Sequence[int]) -> None:
-        """Decodes all frames of `episodes` once into memory, scaled to `size`: for data sets that fit. A damaged one is
-        left to whoever asks for its frames."""
-        for i in tqdm(episodes, desc=f"decoding {self.root.name}", unit="episode", mininterval=1, leave=False):
-            try:
-                self._cache[i, camera, size] = self.pictures(i, camera, range(int(self.lengths[i])), size)
-            except DamagedEpisode:
-                pass
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Windows and the training stream
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class View:
-    """What a stage wants to see: `frames` consecutive frames of a camera, starting now, at `size` pixels square."""
-
-    camera: str
-    frames: int
-    size: int
-
-
-class Windows(torch.utils.data.Dataset):
-    """Training samples of one or several data sets, addressed by their number in an endless stream.
-
-        episode   . . . t . . . . . . . . . . .      a window starts at any t but the last
-        frames          V_t  V_t+s  V_t+2s ...       s = fps / hz, at least 1
-        actions         A_t  A_t+s ...               each the composition of s actions
-        past the end    the last frame repeats, action_mask = False
-
-    Sample i is a function of (seed, i): the data set by weight (see `choose`), then one of its frames, uniformly. So
-    the stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing
-    can happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
-        <view>        uint8 (frames, 3, size, size) for each view
-        action        float32 (actions, 44), normalised; grippers 0 .. 1
-        action_mask   bool (actions, 44)
-        state         float32 (46,), normalised;  state_mask  bool (46,)
-        instruction, subtask   str (the phase at t);   index, dataset, window   int
-        damaged       str: what was passed over to find this window, a line each
-
-    split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many."""
-
-    def __init__(
-        self, sources: Sequence[str | Path], views: dict[str, View], actions: int, hz: float, seed: int,
-        weights: Sequence[float] = (), split: str = "all", val_every: int = 10, episodes: int = 0,
-        preload: bool = False,
-    ):  # fmt: skip
-        if not sources:
-            raise InputError("no data: give at least one data set with --data PATH")
-        if weights and (len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0):
-            raise InputError(f"--weights {list(weights)} for {len(sources)} --data sets: give each one, not all zero")
-        self.readers = [LeRobotReader(s) for s in sources]
-        self.views, self.actions, self.seed = views, actions, seed
-        self.strides = [stride_for(r.fps, hz) for r in self.readers]
-        norms = [r.normalizers(s) for r, s in zip(self.readers, self.strides, strict=True)]
-        self.action_norms, self.state_norms = [n[0] for n in norms], [n[1] for n in norms]
-        self.chosen, self.ends = [], []
-        for reader in self.readers:
-            for camera in sorted({v.camera for v in views.values()} - set(reader.cameras)):
-                raise InputError(f"{reader.source} has no camera {camera!r}, it has {list(reader.cameras)}")
-            if episodes > reader.num_episodes:
-                raise InputError(f"{reader.source} has {reader.num_episodes} episodes, fewer than {episodes}")
-            ids = np.arange(episodes or reader.num_episodes)
-            held_out = np.isin(ids, _held_out(reader.num_episodes, val_every))
-            ids = {"train": ids[~held_out], "val": ids[held_out], "all": ids}[split]
-            ids = ids[reader.lengths[ids] > 1]
-            if not len(ids):
-                raise InputError(
-                    f"{reader.source}: {reader.num_episodes} episodes, {(reader.lengths < 2).sum()} of them of one "
-                    f"frame, leave none for the {split} split (one in {val_every} is held out): give more episodes or "
-                    f"--val-every 0"
-                )
-            self.chosen.append(ids)
-            self.ends.append(np.cumsum(reader.lengths[ids] - 1))
-        self.weights = np.array(weights or [e[-1] for e in self.ends], np.float64)  # default: every frame counts alike
-        self.weights /= self.weights.sum()
-        self.reported: set[str] = set()  # damage that a message has named
-        self.bounds = np.cumsum(self.weights)[:-1]  # of each data set's share of [0, 1)
-        self.phase = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0])
-        self._episodes: OrderedDict[tuple[int, int], dict] = OrderedDict()
-        if preload:
-            for reader, ids in zip(self.readers, self.chosen, strict=True):
-                for camera, size in sorted({(v.camera, v.size) for v in views.values()}):
-                    reader.preload(camera, size, ids.tolist())
-
-    def __len__(self) -> int:
-        """Windows in one pass; the stream itself is endless."""
-        return int(sum(e[-1] for e in self.ends))
-
-    def statistics(self) -> dict[str, dict]:
-        """The statistics in use, by data set: they go into the checkpoint's metadata."""
-        return {r.source: r.stats for r in self.readers}
-
-    def summary(self) -> str:
-        short = [int((r.lengths < 2).sum()) for r in self.readers]
-        rows = [
-            f"  {r.source}: {len(ids)} episodes, {r.lengths[ids].sum() / r.fps / 3600:.3g} hours, {e[-1]} windows, "
-            f"{r.fps:g} Hz, stride {s}, weight {w:.3f}"
-            + ("" if r.action_names else ", video without actions")
-            + (f"; {n} of one frame left out" if n else "")
-            for r, ids, e, s, w, n in zip(
-                self.readers, self.chosen, self.ends, self.strides, self.weights, short, strict=True
-            )
-        ]
-        return "\n".join(["data:", *rows])
-
-    def longest_instruction(self) -> str:
-        """The instruction with the most letters, to see at the start whether a model's context has room for it."""
-        return max((task for reader in self.readers for task in reader.tasks), key=len, default="")
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.draw(index)
-
-    def draw(self, index: int, pictures: bool = True) -> dict[str, Any]:
-        """Sample `index` of the stream, on request without its pictures. Where it falls on a damaged episode, another
-        window of the same data set is drawn, as (seed, index, attempt) decides. InputError after 100 attempts."""
-        d, damaged = self.choose(index), []
-        while len(damaged) < 100:
-            rng = np.random.default_rng([self.seed, index, len(damaged)])
-            try:
-                sample = self.window(d, int(rng.integers(self.ends[d][-1])), pictures)
-                return sample | {"index": index, "damaged": "\n".join(damaged)}
-            except DamagedEpisode as error:
-                damaged.append(" ".join(str(error).split()))
-        raise InputError(f"100 draws in a row fell on damaged episodes, the last: {damaged[-1]}")
-
-    def choose(self, index: int) -> int:
-        """The data set of sample `index`: steps of the golden ratio through [0, 1), from a place that the seed gives.
-        Any run of n samples holds each data set weight * n times to within two or three, where independent draws would
-        be off by sqrt(n). As integers modulo 2^64, so that it is exact for any index."""
-        at = (index * 0x9E3779B97F4A7C15 + self.phase) % 2**64 / 2**64
-        return int(np.searchsorted(self.bounds, at, side="right"))
-
-    def window(self, d: int, k: int, pictures: bool = True) -> dict[str, Any]:
-        """The k-th window of data set d, on request without its pictures, which are the slow part. Raises
-        DamagedEpisode."""
-        reader, stride = self.readers[d], self.strides[d]
-        at = int(np.searchsorted(self.ends[d], k, side="right"))
-        i, t = int(self.chosen[d][at]), int(k - (self.ends[d][at - 1] if at else 0))
-        if (d, i) not in self._episodes:
-            self._episodes[d, i] = reader.episode(i)
-            while len(self._episodes) > 1000:
-                self._episodes.popitem(last=False)
-        ep, n = self._episodes[d, i], int(reader.lengths[i])
-        action = np.zeros((self.actions, len(ACTION_NAMES)), np.float32)
-        starts = t + stride * np.arange(self.actions)
-        inside = starts + stride <= ep["steps"]
-        action[inside] = strided_actions(ep, starts[inside], stride)
-        state = ep["state"][t]
-        if ep["camera"] is not None:  # the frame of all actions of a window is that of its first frame's camera
-            once = lambda row: np.repeat(row[None], self.actions, 0)
-            action, states = seen_from(once(ep["camera"][t]), action, once(state))
-            state = states[0]
-        mask = torch.from_numpy(inside[:, None] & ep["action_mask"])
-        state, state_mask = torch.from_numpy(state), torch.from_numpy(ep["state_mask"])
-        sample: dict[str, Any] = {
-            "action": torch.where(mask, self.action_norms[d].normalize(torch.from_numpy(action)), 0.0),
-            "action_mask": mask, "state_mask": state_mask,
-            "state": torch.where(state_mask, self.state_norms[d].normalize(state), 0.0),
-            "instruction": ep["task"], "subtask": ep["subtask"][t], "dataset": d, "window": k,
-        }  # fmt: skip
-        for name, view in self.views.items() if pictures else ():
-            wanted = [min(t + f * stride, n - 1) for f in range(view.frames)]
-            unique = sorted(set(wanted))
-            images = reader.pictures(i, view.camera, unique, view.size)
-            sample[name] = images if unique == wanted else images[[unique.index(f) for f in wanted]]
-        return sample
-
-
-def _held_out(episodes: int, every: int) -> list[int]:
-    """One episode in each run of `every`, a place further each time: of tasks recorded in turn, each has its turn."""
-    starts = range(0, episodes - every + 1, every) if every else ()
-    return [b + (b // every) % every for b in starts]
-
-
-def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks tensors, collects texts in lists, numbers in int64 tensors."""
-    batch: dict[str, Any] = {}
-    for key, value in samples[0].items():
-        column = [s[key] for s in samples]
-        if isinstance(value, Tensor):
-            batch[key] = torch.stack(column)
-        else:
-            batch[key] = column if isinstance(value, str) else torch.tensor(column)
-    return batch
-
-
-def stream(
-    windows: Windows, batch: int, start: int, process: Process, accumulate: int, workers: int,
-    tally: dict[str, int] | None = None, max_bad: float = 0.01,
-) -> Iterator[list[dict]]:  # fmt: skip
-    """Endless training steps from step `start` on: each a list of `accumulate` micro-batches of `batch` samples for
-    this rank. Step s takes samples s * (world * accumulate * batch) onwards, whoever computes them. A collective: every
-    rank must draw its step.
-
-    What the global batch passed over is counted in tally["bad"], and each kind of damage reported once. Raises
-    InputError on all ranks when that is more than a share `max_bad` of all samples since step 0, or of the first 1000
-    (our choice: else one early find would stop a run)."""
-    tally = {"bad": 0} if tally is None else tally
-
-    def numbers() -> Iterator[list[int]]:
-        k = start * accumulate
-        while True:
-            first = (k * process.world + process.rank) * batch
-            yield list(range(first, first + batch))
-            k += 1
-
-    for reader in windows.readers:
-        reader.close()  # before the workers are forked
-    loader = torch.utils.data.DataLoader(
-        windows, batch_sampler=numbers(), collate_fn=collate, num_workers=workers,
-        prefetch_factor=4 if workers else None, pin_memory=process.device.type == "cuda",
-        generator=torch.Generator(),  # its own, so that making a loader leaves the global random numbers alone
-    )  # fmt: skip
-    batches, drawn = iter(loader), start * accumulate * process.world * batch
-    while True:
-        step = [to_device(next(batches), process.device) for _ in range(accumulate)]
-        drawn += accumulate * process.world * batch
-        damaged = _report(windows, step, process)
-        tally["bad"] += len(damaged)
-        if damaged and tally["bad"] > max_bad * max(drawn, 1000):
-            raise InputError(
-                f"{tally['bad']} of {drawn} samples fell on damaged episodes, which is more than --max-bad {max_bad:g} "
-                f"allows (of 1000 at least); the last: {damaged[-1]}; mend the data, or add --resume and a larger "
-                f"--max-bad"
-            )
-        yield step
-
-
-def _report(windows: Windows, batches: list[dict], process: Process) -> list[str]:
-    """What all ranks passed over to draw these batches; each kind of damage is printed once. A collective."""
-    damaged = process.gather([line for b in batches for text in b["damaged"] for line in text.splitlines()])
-    for line in dict.fromkeys(damaged):
-        if process.main and line not in windows.reported:
-            tqdm.write(f"damaged, another window is drawn: {line}", file=sys.stderr)
-    windows.reported |= set(damaged)
-    return damaged
-
-
-def held_out_batches(windows: Windows, samples: int, batch: int, process: Process) -> Iterator[dict]:
-    """The first `samples` windows of a stream, dealt to the ranks in order, in batches of at most `batch`.
-
-    A sharded model's forward pass is a collective, so that all ranks get equally many batches of the same sizes: where
-    windows run out the last one repeats. It is not counted: `counted` bool (B,), and no valid action."""
-    share = math.ceil(samples / process.world)
-    for first in range(0, share, batch):
-        rows = process.rank * share + np.arange(first, min(first + batch, share))
-        out = collate([windows[min(i, samples - 1)] for i in rows.tolist()])
-        out["counted"] = torch.from_numpy(rows < samples)
-        out["action_mask"] = out["action_mask"] & out["counted"][:, None, None]
-        _report(windows, [out], process)
-        yield to_device(out, process.device)
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1815,6 +791,15 @@ def save_checkpoint(
     process.barrier()
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON beside and renames: a reader never sees half a file. An innermost list or table takes one line."""
+    partial = path.with_name(path.name + ".partial")
+    flat = lambda m: m[1] + re.sub(r"\n\s*", " ", m[2]) + m[3]  # a line break is never inside a JSON string
+    text = re.sub(r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])", flat, json.dumps(value, indent=1))
+    partial.write_text(text + "\n")
+    os.replace(partial, path)
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a run. Raises InputError for a damaged one."""
     try:
@@ -1838,14 +823,6 @@ def load_args(args_type: type, meta: dict[str, Any]) -> Any:
     except TypeError as error:
         raise InputError(f"the checkpoint is of commit {meta.get('commit')}, whose {meta.get('stage')}.py had other "
                          f"arguments ({error}): check that commit out, or train again") from None
-
-
-def check_resume(checkpoint: Path, windows: Windows) -> None:
-    """Raises InputError when the data sets are no longer those that a checkpoint was trained on."""
-    then, now = load_meta(checkpoint)["statistics"], json.loads(json.dumps(windows.statistics()))
-    if changed := [source for source in then | now if then.get(source) != now.get(source)]:
-        raise InputError(f"the data at {changed} have other statistics than when {checkpoint} was trained, or were not "
-                         f"there, or no longer are: put back the data that it saw, or choose another --out")
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

@@ -52,8 +52,9 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import common
-from common import InputError, Process, View, Windows
+from common import InputError, Process
 from data import mixture
+from data.windows import View, Windows, check_resume, collate, held_out_batches, stream, to_device
 from lam import LAM, count, load_lam
 
 # Shapes: B batch, K camera views, T frames, H x H pixels, n tokens of an image, L positions, N = Ns + Nm latent tokens,
@@ -331,7 +332,7 @@ def validate(student: Student, teacher: LAM, windows: Windows, args: Args, proce
     the perplexity of the subtask text. The ranks share the windows; the values do not depend on how many there are."""
     student.eval()
     hats, zs, text = [], [], torch.zeros(2, device=process.device)
-    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
+    for batch in held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
             hat, logits, words = student(batch["first"], batch["instruction"], batch["subtask"])
@@ -412,7 +413,7 @@ def train(args: Args, process: Process) -> None:
         if then["teacher"] != taught:
             raise InputError(f"{kept} learned from another checkpoint of {args.lam} ({then['teacher']}, now {taught}): "
                              f"choose another --out to start anew")
-        common.check_resume(kept, windows)
+        check_resume(kept, windows)
         common.load_weights(student, kept)
     tokenizer = student.tokenizer
     meta = {"stage": "distill", "args": asdict(args), "student_config": student.config.to_dict(), "tokens": tokens,
@@ -430,7 +431,7 @@ def train(args: Args, process: Process) -> None:
     if kept:
         common.load_optimizer(student, optimizer, kept)
     log = common.MetricsLog(run, start, args.steps, process, "distill")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    data = stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
     update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(student, teacher, held_out, args, process))
@@ -467,7 +468,7 @@ def train(args: Args, process: Process) -> None:
             common.save_checkpoint(run, done, student, optimizer, meta | {"tally": tally}, tokenizer, process)
     log.close()
     if process.main and process.world == 1:
-        batch = common.to_device(common.collate([held_out[i] for i in range(4)]), process.device)
+        batch = to_device(collate([held_out[i] for i in range(4)]), process.device)
         student.eval()
         for written, true in zip(student.describe(batch["first"], batch["instruction"]), batch["subtask"], strict=True):
             print(f"subtask written: {written!r}   true: {true!r}")

@@ -48,7 +48,8 @@ import common
 import distill
 import franka
 import lam
-from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process, Windows
+from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process
+from data.windows import Windows, collate, to_device
 
 
 @dataclass
@@ -189,7 +190,7 @@ def batches(windows: Windows, samples: int, batch: int, process: Process, desc: 
         for s in drawn:
             at = int(np.searchsorted(windows.ends[s["dataset"]], s["window"], side="right"))
             s["episode"] = (s["dataset"] << 32) + int(windows.chosen[s["dataset"]][at])
-        yield common.to_device(common.collate(drawn), process.device)
+        yield to_device(collate(drawn), process.device)
         bar.update(len(drawn))
     bar.close()
 

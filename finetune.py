@@ -45,7 +45,8 @@ from torch import Tensor, nn
 
 import common
 import distill
-from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError, Normalizer, Process, View, Windows
+from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError, Normalizer, Process
+from data.windows import View, Windows, check_resume, held_out_batches, stream
 from distill import Student, attention_mask
 from lam import action_terms, count, mean_action, valid_counts
 
@@ -304,7 +305,7 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
     model.eval()
     total = torch.zeros(7, device=process.device)
     xyz = [ACTION_NAMES.index(f"{s}_{a}") for s in ("left", "right") for a in "xyz"]
-    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
+    for batch in held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             actions = model(views(batch, args), batch["state"], batch["instruction"]).float()
         target, mask = batch["action"], batch["action_mask"]
@@ -403,7 +404,7 @@ def train(args: Args, process: Process) -> None:
     if kept:
         then = common.load_meta(kept)
         start, tally = then["step"], tally | then.get("tally", {})
-        common.check_resume(kept, windows)
+        check_resume(kept, windows)
         common.load_weights(model, kept)
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
@@ -420,7 +421,7 @@ def train(args: Args, process: Process) -> None:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
     log = common.MetricsLog(run, start, args.steps, process, "finetune")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    data = stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
     update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(model, held_out, mean, args, process))

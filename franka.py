@@ -51,6 +51,7 @@ from tqdm import tqdm
 
 import common
 from common import ARM_ACTION, ARM_STATE, InputError
+from data.lerobot import LeRobotWriter
 
 HZ = 10  # control ticks a second (our choice)
 PHYSICS_DT = 0.004  # s
@@ -1170,7 +1171,7 @@ def record(args: Args) -> dict[str, float]:
     SimFranka("pick_cup", args.image_size).close()  # a missing GL library is said here, not by a worker
     tasks = list(TASKS) if args.task == "all" else [args.task]
     cameras = {name: (args.image_size, args.image_size) for name in ("primary", "wrist")}
-    writer = common.LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
+    writer = LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
     skip, total = writer.num_episodes, args.record * len(tasks)
     if skip:
         print(f"{args.out} holds {skip} episodes: simulating those again without rendering, then going on")

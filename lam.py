@@ -57,8 +57,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import common
-from common import GRIPPERS, MOTION, InputError, Process, View, Windows
+from common import GRIPPERS, MOTION, InputError, Process
 from data import mixture
+from data.windows import View, Windows, check_resume, held_out_batches, stream
 
 # Shapes: B batch, T frames, A = T-1 action steps, L text positions, N latent tokens (Ns scene, Nm motion), D their
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
@@ -638,7 +639,7 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
     ranks share the windows; their sums, and so the values, do not depend on how many there are."""
     model.eval()
     total = torch.zeros(4 + len(HEALTH), device=process.device)
-    for batch in common.held_out_batches(windows, args.val_samples, args.batch, process):
+    for batch in held_out_batches(windows, args.val_samples, args.batch, process):
         target, mask = batch["action"], batch["action_mask"]
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
@@ -708,7 +709,7 @@ def train(args: Args, process: Process) -> None:
     if kept:
         then = common.load_meta(kept)
         start, tally = then["step"], tally | then.get("tally", {})
-        common.check_resume(kept, windows)
+        check_resume(kept, windows)
         common.load_weights(model, kept)
     codec = load_codec(args.decoder, model.decoder.config.in_channels, process)
     tokenizer = model.encoder.tokenizer
@@ -725,7 +726,7 @@ def train(args: Args, process: Process) -> None:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
     log = common.MetricsLog(run, start, args.steps, process, "lam")
-    data = common.stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
+    data = stream(windows, args.batch, start, process, args.accumulate, args.workers, tally, args.max_bad)
     update = common.Updates(optimizer, args.clip, process, tally)
     if start == 0:
         log.write(0, validate(model, codec, held_out, mean, args, process))

@@ -4,12 +4,12 @@
     python benchmarks/data.py --episodes 4       a quick look
 
 Conversion: `python -m data.rlds` on a synthetic BridgeData V2 file with JPEG pictures of --pixels, to h264; its start
-is not counted. Training reads: windows of 16 frames, drawn at random as in training (`common.Windows`), with their
+is not counted. Training reads: windows of 16 frames, drawn at random as in training (`data.windows`), with their
 actions, states and texts, at 224 px; from files of 224 px and from files of --pixels, which are scaled. Beside them
 stands plain sequential decoding to RGB, in order, each frame once: the limit. A random window starts between key
 frames, so it decodes frames that it does not use.
 
-Codecs: h264 as `common.LeRobotWriter` writes it (a key frame every 8 frames), AV1 as the `lerobot` package does (every
+Codecs: h264 as `LeRobotWriter` writes it (a key frame every 8 frames), AV1 as the `lerobot` package does (every
 2). Seconds are CPU seconds of all threads, so other programs on the machine hardly matter.
 """
 
@@ -32,8 +32,9 @@ import torch
 from PIL import Image
 
 import common
-from common import LeRobotReader, LeRobotWriter, View, Windows
+from data.lerobot import LeRobotReader, LeRobotWriter
 from data.rlds import masked_crc32c
+from data.windows import View, Windows
 
 FRAMES, SIZE, STEPS = 16, 224, 100  # of a window; its pixels; steps of an episode
 

@@ -32,6 +32,7 @@ import common
 import lam
 from benchmarks import plan
 from common import InputError
+from data.windows import to_device
 
 # Between tiny and small, with frames of 112 px: patches of 14 pixels and 16 visual tokens a frame, as InternVL has them
 # for its image size, and 14 x 14 patches of 8 pixels for the decoder.
@@ -153,7 +154,7 @@ def make_step(size: str, args: Args, process: common.Process, checkpointing: boo
         "action_mask": torch.ones(b, asked.frames - 1, len(common.ACTION_NAMES), dtype=torch.bool),
         "instruction": plan.instructions(b),
     }  # fmt: skip
-    batch = common.to_device(batch, process.device)
+    batch = to_device(batch, process.device)
     if stage.frozen:  # the autoencoder from random weights: its latents mean nothing, their cost is the same
         with process.device:
             codec = stage.frozen["image autoencoder"][0]().to(process.dtype).eval()

@@ -25,8 +25,9 @@ import h5py
 import numpy as np
 import tyro
 
-from common import ACTION_NAMES, STATE_NAMES, InputError, LeRobotWriter, read_json, relative_action, run_main
+from common import ACTION_NAMES, STATE_NAMES, InputError, read_json, relative_action, run_main
 from data.convert import ConvertArgs, Episode, convert, fitted, numbers, open_hdf5, transcode
+from data.lerobot import LeRobotWriter
 
 HZ = 30.0
 CAMERAS = {"primary": "head", "wrist": "hand_right", "wrist_left": "hand_left"}  # a single arm is the right one

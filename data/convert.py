@@ -32,7 +32,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common import Clip, InputError, LeRobotWriter, at_least, write_json
+from common import InputError, at_least, write_json
+from data.lerobot import Clip, LeRobotWriter
 
 SIZE = 448  # longer side of a converted picture in pixels: what the full run's encoder sees (our choice)
 

@@ -12,7 +12,7 @@
 
 The frame. "The camera frame of the window's first frame" is only known when a window is drawn, so the file holds one
 frame throughout the episode, that of its first camera, and beside it the camera's pose at each step
-(`observation.camera`). `common.Windows` turns actions and states into the camera's frame at the start of the window
+(`observation.camera`). `data.windows` turns actions and states into the camera's frame at the start of the window
 (`common.seen_from`), and the statistics are of these.
 
 Conventions (common): action[t] is the change of pose from t to t+1, as nobody gave a command, so the last frame has
@@ -29,8 +29,9 @@ import numpy as np
 import tyro
 from scipy.spatial.transform import Rotation
 
-from common import ACTION_NAMES, STATE_NAMES, InputError, LeRobotWriter, relative_action, run_main
+from common import ACTION_NAMES, STATE_NAMES, InputError, relative_action, run_main
 from data.convert import ConvertArgs, Episode, convert, fitted, numbers, open_hdf5, text, transcode
+from data.lerobot import LeRobotWriter
 
 HZ = 30.0
 TIPS = ("Thumb", "IndexFinger", "MiddleFinger", "RingFinger", "LittleFinger")

@@ -34,8 +34,9 @@ import numpy as np
 import tyro
 from scipy.spatial.transform import Rotation
 
-from common import ARM_ACTION, ARM_STATE, Clip, InputError, LeRobotWriter, run_main
+from common import ARM_ACTION, ARM_STATE, InputError, run_main
 from data.convert import ConvertArgs, Episode, convert, numbers, open_hdf5, text
+from data.lerobot import Clip, LeRobotWriter
 
 HZ = 20.0
 CAMERAS = {"primary": "agentview_rgb", "wrist": "eye_in_hand_rgb"}

@@ -27,7 +27,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from common import ACTION_NAMES, STATE_NAMES, InputError, LeRobotReader, relative_action, run_main
+from common import ACTION_NAMES, STATE_NAMES, InputError, relative_action, run_main
+from data.lerobot import LeRobotReader
 from data.stats import statistics
 
 FRAMES = 8  # pictures of each camera

@@ -25,7 +25,9 @@ from typing import Annotated
 
 import tyro
 
-from common import InputError, LeRobotReader, Windows, run_main
+from common import InputError, run_main
+from data.lerobot import LeRobotReader
+from data.windows import Windows
 
 FOLDER = "datasets/pretrain"
 

@@ -42,8 +42,9 @@ import tyro
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from common import ARM_ACTION, ARM_STATE, Clip, InputError, LeRobotWriter, run_main
+from common import ARM_ACTION, ARM_STATE, InputError, run_main
 from data.convert import BrokenSource, ConvertArgs, Episode, convert, sources
+from data.lerobot import Clip, LeRobotWriter
 
 # --------------------------------------------------------------------------------------------------------------------
 # Constants: what each data set means
@@ -616,7 +617,7 @@ def open_gripper(g: np.ndarray, rule: str) -> np.ndarray:
     if "clip" in rule:
         g = np.clip(g, 0, 1)
     g = 1 - g if "invert" in rule else g
-    if g.min() < -0.05 or g.max() > 1.05:  # what common.LeRobotReader takes
+    if g.min() < -0.05 or g.max() > 1.05:  # what LeRobotReader takes
         raise ValueError(f"gripper from {g.min():.3g} to {g.max():.3g}, not from 0 (closed) to 1 (open)")
     return g
 

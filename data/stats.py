@@ -8,7 +8,7 @@ Reads the tables of all episodes, one after the other, no video. Writes `observa
 `action.stride<N>` for windows at 10 and at 5 Hz, each with min, max, mean, std, q01, q99 and count over the columns
 that the data set has. The file is written beside and renamed; other statistics in it stay.
 
-Data sets of `common.LeRobotWriter`, so all that `franka.py` and the converters make, come with all of this.
+Data sets of `data.lerobot.LeRobotWriter`, so all that `franka.py` and the converters make, come with all of this.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-import common
-from common import DatasetStatistics, InputError, LeRobotReader, run_main, write_json
+from common import InputError, run_main, write_json
+from data.lerobot import RATES, DatasetStatistics, LeRobotReader, action_key, stride_for
 
 
 @dataclass
@@ -48,8 +48,8 @@ def main() -> None:
     reader = LeRobotReader(args.source)
     if not (reader.action_names or reader.state_names):
         raise InputError(f"{args.source} is video alone: there is nothing to describe, train on it as it is")
-    fresh = statistics(reader, args.stride, *(common.stride_for(reader.fps, hz) for hz in common.RATES))
-    key = common.action_key(args.stride)
+    fresh = statistics(reader, args.stride, *(stride_for(reader.fps, hz) for hz in RATES))
+    key = action_key(args.stride)
     if key not in fresh:
         raise InputError(f"{args.source}: no episode is {args.stride} steps long; choose a smaller --stride")
     stats = reader.stats | fresh

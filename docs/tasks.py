@@ -11,13 +11,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
+from data.lerobot import LeRobotReader  # noqa: E402
 
 COLUMNS, SIDE, GAP, LABEL = 6, 150, 6, 24  # frames a task; pixels of a frame, between frames, and of a line of text
 
 
 def main() -> None:
-    reader = common.LeRobotReader(ROOT / "data/tiny")
+    reader = LeRobotReader(ROOT / "data/tiny")
     first = {}  # the two cups are one task
     for i in range(reader.num_episodes):
         text = reader.episode(i)["task"]

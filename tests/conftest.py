@@ -15,6 +15,7 @@ import torch  # noqa: E402
 from scipy.spatial.transform import Rotation  # noqa: E402
 
 import common  # noqa: E402
+from data.lerobot import LeRobotWriter  # noqa: E402
 
 RECORDINGS = ROOT.parent / "shared/recordings"
 
@@ -74,7 +75,7 @@ def make_episode(seed: int, n: int = 24, size: int = 32) -> dict:
 
 def write_set(root: Path, episodes: list[dict], fps: float = 10, per_file: int = 4, **options) -> Path:
     cameras = {name: clip.shape[1:3] for name, clip in episodes[0]["frames"].items()}
-    with common.LeRobotWriter(root, fps=fps, cameras=cameras, episodes_per_file=per_file, **options) as writer:
+    with LeRobotWriter(root, fps=fps, cameras=cameras, episodes_per_file=per_file, **options) as writer:
         for episode in episodes:
             writer.add_episode(**episode)
     return root

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 import common
+from data.lerobot import LeRobotWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("push the red square", "move the red square onto the blue square, slowly and without touching anything")
@@ -33,7 +34,7 @@ def make_data(root: Path, episodes: int = 8, length: int = 14, size: int = 64, p
     """A red square that moves to a blue one and lets go, seen by two cameras; the actions are its motion."""
     rng = np.random.default_rng(0)
     cameras = {"primary": (size, size), "wrist": (size, size)}
-    with common.LeRobotWriter(root, cameras=cameras, episodes_per_file=per_file) as writer:
+    with LeRobotWriter(root, cameras=cameras, episodes_per_file=per_file) as writer:
         for e in range(episodes):
             n = length + e % 3
             position, goal = rng.uniform(12, size - 12, 2), rng.uniform(12, size - 12, 2)

@@ -11,6 +11,7 @@ import torch
 import common
 import distill
 import lam
+from data.lerobot import LeRobotWriter
 
 TASKS = ("push the red square", "move the red square onto the blue square, slowly")
 
@@ -77,7 +78,7 @@ def make_data(root: Path, episodes: int = 4, length: int = 8, size: tuple[int, i
     """A square that moves over a floor, seen by two cameras that are not square; actions and states of every kind, of
     very different ranges, that follow from what is seen. Subtasks change half way."""
     rng = np.random.default_rng(0)
-    with common.LeRobotWriter(root, cameras={"primary": size, "wrist": size}) as writer:
+    with LeRobotWriter(root, cameras={"primary": size, "wrist": size}) as writer:
         for e in range(episodes):
             n = length + e % 2
             t = np.arange(n)

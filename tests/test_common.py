@@ -17,6 +17,7 @@ from scipy.spatial.transform import Rotation
 
 import common
 from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError, Normalizer
+from data.lerobot import quantile_stats
 
 floats = st.floats(-1, 1, width=32)
 angles = st.tuples(*[st.floats(-1.25, 1.25, width=32)] * 3)
@@ -134,7 +135,7 @@ def test_normalizer_refuses_missing_statistics():
 
 
 def test_quantile_stats():
-    stats = common.quantile_stats(np.arange(101, dtype=np.float32)[:, None])
+    stats = quantile_stats(np.arange(101, dtype=np.float32)[:, None])
     assert (stats["q01"], stats["q99"], stats["min"], stats["max"]) == ([1], [99], [0], [100])
     assert stats["count"] == [101] and stats["mean"] == [50]
 
@@ -457,12 +458,6 @@ def test_a_damaged_checkpoint_is_named(tmp_path, process, tokenizer, name):
 def test_arguments_of_another_commit_are_refused():
     with pytest.raises(InputError, match="abc.*train again"):
         common.load_args(Args, {"args": {"lr": 1.0, "gone": 2}, "commit": "abc", "stage": "lam"})
-
-
-def test_each_task_recorded_in_turn_is_held_out():
-    held_out = common._held_out(75, 15)
-    assert sorted(i % 5 for i in held_out) == [0, 1, 2, 3, 4]
-    assert common._held_out(14, 15) == [] and common._held_out(30, 0) == []
 
 
 def test_open_run_refuses_and_resumes(tmp_path, process, tokenizer):

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 import common
-from common import ACTION_NAMES, ARM_ACTION, STATE_NAMES, InputError, LeRobotReader, View, Windows, gather
+from common import ACTION_NAMES, ARM_ACTION, STATE_NAMES, InputError, gather
 from data import agibot, convert, egodex, libero
+from data.lerobot import Clip, LeRobotReader, LeRobotWriter
+from data.windows import View, Windows
 
 
 def write_video(path: Path, n: int, fps: float = 30, size: tuple[int, int] = (36, 64), bright=lambda k: 4 * k) -> None:
@@ -25,7 +27,7 @@ def write_video(path: Path, n: int, fps: float = 30, size: tuple[int, int] = (36
     path.parent.mkdir(parents=True, exist_ok=True)
     images = np.stack([np.full((*size, 3), bright(k), np.uint8) for k in range(n)])
     images[:, : size[0] // 3, : size[1] // 3] = 255
-    path.write_bytes(common.Clip.encode(images, size, fps).data)
+    path.write_bytes(Clip.encode(images, size, fps).data)
 
 
 def run(module, *arguments: object, monkeypatch) -> None:
@@ -491,9 +493,9 @@ def test_libero_refuses(tmp_path, monkeypatch):
 # -- the loop: parallel, resumed, killed --------------------------------------------------------------------------
 
 
-def make_writer(out: Path, resume: bool = False) -> common.LeRobotWriter:
+def make_writer(out: Path, resume: bool = False) -> LeRobotWriter:
     cameras = {"primary": (16, 16), "wrist": (16, 16)}
-    return common.LeRobotWriter(out, 20, "panda", cameras=cameras, resume=resume, episodes_per_file=2)
+    return LeRobotWriter(out, 20, "panda", cameras=cameras, resume=resume, episodes_per_file=2)
 
 
 @pytest.fixture(scope="module")
@@ -551,7 +553,7 @@ def test_killed_and_resumed(tmp_path, demos, whole, dies_at, monkeypatch):
         return libero.load(*job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.LeRobotWriter, "__exit__", lambda *_: None)
+        patch.setattr(LeRobotWriter, "__exit__", lambda *_: None)
         with pytest.raises(Killed):
             convert.convert(demos, load, make_writer(tmp_path), arguments())
     saved = LeRobotReader(tmp_path).num_episodes if (tmp_path / "meta/info.json").exists() else 0
@@ -681,6 +683,6 @@ def test_layout_of_a_moving_camera(tmp_path, monkeypatch):
     first = np.array(table["observation.camera"][0].as_py())
     np.testing.assert_allclose(first, [0, 0, 0, 0, 0, 0, 1], atol=1e-6)  # the frame is that of the first camera
     with pytest.raises(InputError, match="moving camera"):
-        common.LeRobotWriter(tmp_path / "out", 30, "hands", egodex.HAND_ACTION, egodex.HAND_STATE,
+        LeRobotWriter(tmp_path / "out", 30, "hands", egodex.HAND_ACTION, egodex.HAND_STATE,
                              {"primary": (252, 448)}, resume=True)  # fmt: skip
     assert len(STATE_NAMES) - len(egodex.HAND_STATE) == 2

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from conftest import Alone, make_episode, write_set
 from scipy.spatial.transform import Rotation
 
 import common
-from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError, LeRobotReader, View, Windows
+from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError
 from data import stats
+from data.lerobot import DamagedEpisode, LeRobotReader, LeRobotWriter, _Video, quantile_stats
+from data.windows import View, Windows, _held_out, held_out_batches, stream
 
 VIEWS = {"frames": View("primary", 4, 32)}
 
@@ -106,21 +109,21 @@ def test_layout_is_lerobots(dataset):
 def test_writer_refuses(tmp_path, dataset, episodes):
     cameras = {"primary": (32, 32), "wrist": (32, 32)}
     with pytest.raises(InputError, match="holds a data set: add --resume"):
-        common.LeRobotWriter(dataset, cameras=cameras)
+        LeRobotWriter(dataset, cameras=cameras)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
-        common.LeRobotWriter(tmp_path / "full", cameras=cameras)
+        LeRobotWriter(tmp_path / "full", cameras=cameras)
     with pytest.raises(InputError, match="fps .*choose another --out"):
-        common.LeRobotWriter(dataset, fps=5, cameras=cameras, resume=True)
+        LeRobotWriter(dataset, fps=5, cameras=cameras, resume=True)
     with pytest.raises(InputError, match="even"):
-        common.LeRobotWriter(tmp_path / "odd", cameras={"primary": (33, 32)})
+        LeRobotWriter(tmp_path / "odd", cameras={"primary": (33, 32)})
     with pytest.raises(InputError, match="unknown dimension names"):
-        common.LeRobotWriter(tmp_path / "odd", action_names=["elbow"])
+        LeRobotWriter(tmp_path / "odd", action_names=["elbow"])
     good = episodes[0]
     nan = good["action"].copy()
     nan[3, 0] = np.nan
-    with common.LeRobotWriter(tmp_path / "new", cameras=cameras) as writer:
+    with LeRobotWriter(tmp_path / "new", cameras=cameras) as writer:
         for wrong, text in (
             ({"action": nan}, "NaN"), ({"state": good["state"][:, :7]}, "need"), ({"task": " "}, "instruction"),
             ({"subtasks": ["a"]}, "1 subtask texts"), ({"frames": {"primary": good["frames"]["primary"]}}, "wrist"),
@@ -141,11 +144,11 @@ def test_a_kill_inside_a_flush_loses_nothing_written(tmp_path, episodes, dies_at
     """The recorder dies at every rename of its second flush in turn. What is left is a whole data set; resuming gives
     the same data set as an undisturbed run."""
     cameras = {"primary": (32, 32), "wrist": (32, 32)}
-    make = lambda resume: common.LeRobotWriter(tmp_path, cameras=cameras, resume=resume, episodes_per_file=3)
+    make = lambda resume: LeRobotWriter(tmp_path, cameras=cameras, resume=resume, episodes_per_file=3)
     writer = make(False)
     for episode in episodes[:5]:
         writer.add_episode(**episode)
-    real, calls = common.os.replace, []
+    real, calls = os.replace, []
 
     def dying(*paths):
         calls.append(paths)
@@ -154,7 +157,7 @@ def test_a_kill_inside_a_flush_loses_nothing_written(tmp_path, episodes, dies_at
         real(*paths)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.os, "replace", dying)
+        patch.setattr(os, "replace", dying)
         try:
             writer.add_episode(**episodes[5])
         except Killed:
@@ -181,7 +184,7 @@ def test_a_kill_inside_a_flush_loses_nothing_written(tmp_path, episodes, dies_at
 def test_resume_that_adds_nothing_repairs_the_metadata(copy):
     rewrite(copy / "meta/info.json", lambda info: info.update(total_episodes=8))
     (copy / "meta/stats.json").unlink()
-    with common.LeRobotWriter(copy, cameras={"primary": (32, 32), "wrist": (32, 32)}, resume=True):
+    with LeRobotWriter(copy, cameras={"primary": (32, 32), "wrist": (32, 32)}, resume=True):
         pass
     reader = LeRobotReader(copy)
     assert reader.info["total_episodes"] == 10 and "q01" in reader.stats["action"]
@@ -189,7 +192,7 @@ def test_resume_that_adds_nothing_repairs_the_metadata(copy):
 
 def test_memory_does_not_grow_with_pending_frames(tmp_path, episodes):
     """Pictures are encoded when they come: fifty pending episodes of a large camera would be gigabytes."""
-    with common.LeRobotWriter(tmp_path / "x", cameras={"primary": (32, 32), "wrist": (32, 32)}) as writer:
+    with LeRobotWriter(tmp_path / "x", cameras={"primary": (32, 32), "wrist": (32, 32)}) as writer:
         writer.add_episode(**episodes[0])
         assert not any(isinstance(part, dict) for part in writer.pending[0])
 
@@ -271,7 +274,7 @@ def test_absent_and_cut_short_videos(copy):
     with pytest.raises(InputError, match="no camera 'front', it has"):
         LeRobotReader(copy).frames(0, "front", [0])
     # A video that was closed properly, but too early.
-    video = common._Video(path, (32, 32), 10)
+    video = _Video(path, (32, 32), 10)
     video.add(make_episode(0, n=10)["frames"]["primary"])
     video.close()
     reader = LeRobotReader(copy)
@@ -287,7 +290,7 @@ def test_errors_leave_a_worker_as_one_line(copy, process, capsys):
     (copy / "videos/observation.images.primary/chunk-000/file-000.mp4").unlink()
 
     def main():
-        next(common.stream(Windows([copy], VIEWS, 3, 10, 0, episodes=4), 4, 0, process, 1, workers=1))
+        next(stream(Windows([copy], VIEWS, 3, 10, 0, episodes=4), 4, 0, process, 1, workers=1))
 
     with pytest.raises(SystemExit) as stop:
         common.run_main(main)
@@ -323,7 +326,7 @@ def test_a_broken_picture_is_never_made_up(copy, episodes):
             try:
                 got = reader.frames(i, "primary", range(18 + i))
                 assert np.abs(got.astype(int) - want).mean((1, 2, 3)).max() < 3, (trial, i)
-            except common.DamagedEpisode as error:
+            except DamagedEpisode as error:
                 assert str(path) in str(error) and f"episode {i} of {copy}" in str(error)
                 damaged += 1
     assert 6 < damaged < 36
@@ -331,7 +334,7 @@ def test_a_broken_picture_is_never_made_up(copy, episodes):
 
 def test_frames_of_another_resolution_than_listed(copy):
     rewrite(copy / "meta/info.json", lambda i: i["features"]["observation.images.primary"].update(shape=[32, 48, 3]))
-    with pytest.raises(common.DamagedEpisode, match="has 32 x 32 pixels .*says 32 x 48"):
+    with pytest.raises(DamagedEpisode, match="has 32 x 32 pixels .*says 32 x 48"):
         LeRobotReader(copy).frames(0, "primary", [0])
 
 
@@ -375,7 +378,7 @@ def test_damaged_episodes_are_drawn_around(dataset, damaged, process, workers, w
     for rank in range(world):
         windows = Windows([damaged], VIEWS, 3, 10, 7, preload=preload)
         here = Alone(rank, world, process.device, process.dtype)
-        for batch in next(common.stream(windows, 8 // world, 0, here, 2, workers, tally, max_bad=1)):
+        for batch in next(stream(windows, 8 // world, 0, here, 2, workers, tally, max_bad=1)):
             for row, index in enumerate(batch["index"].tolist()):
                 indices.append(index)
                 intended, got = whole[index], {k: v[row] for k, v in batch.items()}
@@ -392,7 +395,7 @@ def test_damaged_episodes_are_drawn_around(dataset, damaged, process, workers, w
 def test_too_much_damage_stops_the_run(damaged, process, capsys):
     """About half of all draws fail: ten are few enough of the first 1000 samples, eleven are not; each damage is
     reported once. A resumed run goes on counting."""
-    make = lambda **kw: common.stream(Windows([damaged], VIEWS, 3, 10, 7), 2, kw.pop("start", 0), process, 1, 0, **kw)
+    make = lambda **kw: stream(Windows([damaged], VIEWS, 3, 10, 7), 2, kw.pop("start", 0), process, 1, 0, **kw)
     tally = {"bad": 0}
     with pytest.raises(InputError, match=r"1\d of \d+ samples fell on damaged.*--max-bad 0.01.*--resume"):
         for _ in make(tally=tally):
@@ -412,7 +415,7 @@ def test_held_out_batches_are_dealt_to_the_ranks(dataset, process):
         shapes, counted = set(), []
         for rank in range(world):
             here = Alone(rank, world, process.device, process.dtype)
-            batches = list(common.held_out_batches(windows, 7, 2, here))
+            batches = list(held_out_batches(windows, 7, 2, here))
             shapes.add(tuple(len(b["index"]) for b in batches))
             for b in batches:
                 counted += b["index"][b["counted"]].tolist()
@@ -474,6 +477,12 @@ def test_preloaded_samples_are_the_same(dataset):
     assert all(same(lazy[i], eager[i]) for i in range(20))
 
 
+def test_each_task_recorded_in_turn_is_held_out():
+    held_out = _held_out(75, 15)
+    assert sorted(i % 5 for i in held_out) == [0, 1, 2, 3, 4]
+    assert _held_out(14, 15) == [] and _held_out(30, 0) == []
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2])
 def test_samples_depend_on_nothing_but_seed_and_number(dataset, workers, world, process):
@@ -482,7 +491,7 @@ def test_samples_depend_on_nothing_but_seed_and_number(dataset, workers, world, 
     for start in (0, 3):
         for rank in range(world):
             here = Alone(rank, world, process.device, process.dtype)
-            steps = common.stream(Windows([dataset], VIEWS, 3, 10, seed=7), 2 // world, start, here, 2, workers)
+            steps = stream(Windows([dataset], VIEWS, 3, 10, seed=7), 2 // world, start, here, 2, workers)
             for step in range(start, start + 2):
                 for part, batch in enumerate(next(steps)):
                     first = step * 4 + part * 2 + rank * (2 // world)
@@ -497,7 +506,7 @@ def test_samples_depend_on_nothing_but_seed_and_number(dataset, workers, world, 
 def test_a_stream_leaves_the_global_random_numbers_alone(dataset, process):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    next(common.stream(Windows([dataset], VIEWS, 3, 10, 0), 2, 0, process, 1, 0))
+    next(stream(Windows([dataset], VIEWS, 3, 10, 0), 2, 0, process, 1, 0))
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -547,7 +556,7 @@ def write_v21(root: Path, made: list[dict], names: dict[str, dict]) -> Path:
         path = root / f"data/chunk-000/episode_{i:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), path)
-        video = common._Video(root / f"videos/chunk-000/observation.images.cam/episode_{i:06d}.mp4", (32, 32), 10)
+        video = _Video(root / f"videos/chunk-000/observation.images.cam/episode_{i:06d}.mp4", (32, 32), 10)
         video.add(e["frames"]["primary"])
         video.close()
     (root / "meta/episodes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -713,7 +722,7 @@ def test_stats_command_on_a_native_set(copy, capsys, monkeypatch):
     numbers = json.loads((copy / "meta/stats.json").read_text())
     assert set(numbers) == {"action", "observation.state", "action.stride2"} and "q01" in capsys.readouterr().out
     original = json.loads((LeRobotReader(copy).root / "meta/stats.json").read_text())
-    np.testing.assert_allclose(original["action"]["q99"], common.quantile_stats(np.concatenate(
+    np.testing.assert_allclose(original["action"]["q99"], quantile_stats(np.concatenate(
         [LeRobotReader(copy).episode(i)["action"][:, 7:14] for i in range(10)]))["q99"])  # fmt: skip
     Windows([copy], VIEWS, 3, 5, 0)
 
@@ -737,11 +746,11 @@ def test_metadata_cut_short_is_named(tmp_path, name):
     path = root / "meta" / name
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot read.*copy the file again"):
-        common.LeRobotReader(root)
+        LeRobotReader(root)
 
 
 def test_a_recording_never_goes_into_a_folder_of_something_else(tmp_path):
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     with pytest.raises(InputError, match="checkpoints.*another --out"):
-        common.LeRobotWriter(tmp_path / "run", cameras={"primary": (32, 32)}, resume=True)
+        LeRobotWriter(tmp_path / "run", cameras={"primary": (32, 32)}, resume=True)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]

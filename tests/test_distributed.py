@@ -28,6 +28,7 @@ from helpers_lam import (
 
 import common
 import lam
+from data.lerobot import LeRobotReader, LeRobotWriter
 
 ONE, TWO = ("--batch", 4), ("--batch", 1, "--accumulate", 2)  # a global batch of 4 on one rank and on two
 
@@ -223,8 +224,8 @@ def test_damage_is_named_and_counted_by_a_run(rough, one, tmp_path):
 
 def test_a_long_instruction_is_refused_at_the_start(rough, tmp_path):
     shutil.copytree(rough / "data", tmp_path / "data")
-    with common.LeRobotWriter(tmp_path / "data", cameras={"primary": (64, 64), "wrist": (64, 64)}, resume=True) as more:
-        reader = common.LeRobotReader(rough / "data")
+    with LeRobotWriter(tmp_path / "data", cameras={"primary": (64, 64), "wrist": (64, 64)}, resume=True) as more:
+        reader = LeRobotReader(rough / "data")
         episode, frames = reader.episode(0), {c: reader.frames(0, c, range(14)) for c in ("primary", "wrist")}
         more.add_episode(frames, episode["action"][:, 7:14], episode["state"][:, 8:16], "push it " * 3000)
     words = rough_lam(rough, tmp_path / "run", *ONE)

@@ -14,6 +14,7 @@ from torch import nn
 import common
 import evaluate
 import lam
+from data.windows import collate
 
 CPU = common.Process(0, 1, torch.device("cpu"), torch.float32)
 
@@ -291,7 +292,7 @@ def test_health_in_closed_form():
 
 def test_a_call_without_a_set_of_tokens_is_decoding_with_zeros(world):
     model, trained, _ = lam.load_lam(world / "lam")
-    batch = common.collate([lam.make_windows(trained, "val")[i] for i in range(2)])
+    batch = collate([lam.make_windows(trained, "val")[i] for i in range(2)])
     current = lam.PixelCodec().encode(batch["video"][:, 0])
     noisy, s = random(*current.shape), torch.tensor([1.0, 0.5])
     with torch.no_grad():

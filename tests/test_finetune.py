@@ -14,6 +14,8 @@ import common
 import distill
 import finetune
 from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError
+from data.lerobot import LeRobotReader
+from data.windows import collate
 
 TEXTS = ["close the oven", "put the building block into the corresponding slot, slowly", "go"]
 
@@ -195,7 +197,7 @@ def test_views_follow_the_cameras(data):
     for cameras in (("primary", "wrist"), ("wrist", "primary"), ("wrist",)):
         args = run_args(data, "", cameras=cameras)
         windows = finetune.make_windows(args, 32, "train")
-        batch = common.collate([windows[0]])
+        batch = collate([windows[0]])
         images = finetune.views(batch, args)
         assert images.shape == (1, len(cameras), 3, 32, 32)
         for k, camera in enumerate(cameras):
@@ -244,7 +246,7 @@ def overfitted(data, tmp_path_factory):
 
 def recorded(data, i: int, times: list[int]) -> tuple[dict, np.ndarray, list[str], np.ndarray]:
     """What a robot would have seen at these times of episode i, and the actions recorded from there on."""
-    reader = common.LeRobotReader(data)
+    reader = LeRobotReader(data)
     episode = reader.episode(i)
     images = {camera: reader.frames(i, camera, times) for camera in reader.cameras}
     actions = np.stack([episode["action"][t : t + 4] for t in times])
@@ -288,7 +290,7 @@ def test_act_sees_what_training_saw(data, overfitted):
     seen = []
     policy.model.register_forward_pre_hook(lambda module, given: seen.append(given))
     for k in (0, 3, 9):
-        sample = common.collate([windows.window(0, k)])
+        sample = collate([windows.window(0, k)])
         i, t = (0, k) if k < windows.ends[0][0] else (1, int(k - windows.ends[0][0]))
         images, state, instruction, _ = recorded(data, i, [t])
         policy.act(images, state, instruction)

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 import common
 import franka
 from common import InputError
+from data.lerobot import LeRobotReader
 from franka import CLOSED, DOWN, HZ, OPEN, TASKS, Args, ChunkPolicy, ExpertPolicy, SimFranka, hold, reach
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,7 +294,7 @@ def demos(tmp_path_factory):
     """Two demonstrations of each task, recorded through the command's own function with two worker processes."""
     out = tmp_path_factory.mktemp("record") / "demos"
     franka.record(Args(task="all", record=2, image_size=64, out=str(out), workers=2))
-    return common.LeRobotReader(out)
+    return LeRobotReader(out)
 
 
 def test_recording_reads_back(demos):
@@ -331,7 +332,7 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
     with pytest.raises(InputError, match="--resume"):
         franka.record(args)
     franka.record(Args(task="all", record=2, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True))
-    again = common.LeRobotReader(tmp_path / "d")
+    again = LeRobotReader(tmp_path / "d")
     assert again.num_episodes == demos.num_episodes
     for i in range(demos.num_episodes):
         a, b = demos.episode(i), again.episode(i)

@@ -8,8 +8,9 @@ import pytest
 from conftest import make_episode, write_set
 from PIL import Image
 
-from common import ACTION_NAMES, STATE_NAMES, InputError, LeRobotReader, relative_action
+from common import ACTION_NAMES, STATE_NAMES, InputError, relative_action
 from data import look
+from data.lerobot import LeRobotReader
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from conftest import ROOT
 from scipy.spatial.transform import Rotation
 
 import common
-from common import ARM_ACTION, ARM_STATE, InputError, LeRobotReader
+from common import ARM_ACTION, ARM_STATE, InputError
 from data import stats
+from data.lerobot import LeRobotReader
 
 MAPPINGS = sorted(p.stem for p in (ROOT / "data/mappings").glob("*.json"))
 

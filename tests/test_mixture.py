@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import Alone, make_episode, write_set
 
-import common
-from common import ARM_ACTION, InputError, LeRobotReader, LeRobotWriter, View, Windows
+from common import ARM_ACTION, InputError
 from data import mixture, rlds, stats
+from data.lerobot import RATES, LeRobotReader, LeRobotWriter, action_key
 from data.mixture import TABLE6, expand, present, report, summary
+from data.windows import View, Windows, check_resume, collate, stream
 
 WEIGHTS = np.array([row.percent for row in TABLE6]) / 107.95
 
@@ -105,7 +106,7 @@ def samples_of(folder, process, start, steps, workers, world=1):
     out = {}
     for rank in range(world):
         here = Alone(rank, world, process.device, process.dtype)
-        data = common.stream(windows_of(folder, seed=3), 8 // world, start, here, 1, workers)
+        data = stream(windows_of(folder, seed=3), 8 // world, start, here, 1, workers)
         for _ in range(steps):
             for batch in next(data):
                 rows = zip(batch["dataset"].tolist(), batch["window"].tolist(), batch["instruction"], strict=True)
@@ -190,10 +191,10 @@ def test_bad_input(some, small, tmp_path, monkeypatch):
 def test_a_run_does_not_resume_on_another_mixture(some, tmp_path):
     then = windows_of(some)
     (tmp_path / "meta.json").write_text(json.dumps({"statistics": then.statistics()}))
-    common.check_resume(tmp_path, windows_of(some))
+    check_resume(tmp_path, windows_of(some))
     (some / "kuka").unlink()
     with pytest.raises(InputError, match="kuka.*or no longer are"):
-        common.check_resume(tmp_path, windows_of(some))
+        check_resume(tmp_path, windows_of(some))
 
 
 # -- sources without actions -------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_a_source_without_actions(video_only, small):
     sources, weights = expand([str(video_only.parent)])
     windows = Windows(sources, {"video": View("primary", 3, 32)}, 2, 5, 0, weights)
     assert "video without actions" in windows.summary() and windows.weights[1] == pytest.approx(11.1 / 23.9)
-    batch = common.collate([windows[i] for i in range(16)])
+    batch = collate([windows[i] for i in range(16)])
     free = batch["dataset"] == 1
     assert free.any() and not free.all()
     assert not batch["action_mask"][free].any() and not batch["state_mask"][free].any()
@@ -255,9 +256,9 @@ def test_written_data_have_the_statistics_of_both_rates(tmp_path, fps, strides):
     made = [make_episode(k, n=14 + k) for k in range(3)]
     root = write_set(tmp_path / "set", made, fps=fps, per_file=2)
     reader = LeRobotReader(root)
-    assert set(reader.stats) == {"observation.state", *(common.action_key(n) for n in strides)}
+    assert set(reader.stats) == {"observation.state", *(action_key(n) for n in strides)}
     assert reader.stats == stats.statistics(reader, *strides)
-    for hz in common.RATES:
+    for hz in RATES:
         Windows([root], {}, 2, hz, 0)
 
 

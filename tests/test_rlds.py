@@ -22,9 +22,11 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 import common
-from common import STATE_NAMES, LeRobotReader, LeRobotWriter, View, Windows
+from common import STATE_NAMES
 from data import rlds, stats
 from data.convert import BrokenSource
+from data.lerobot import LeRobotReader, LeRobotWriter
+from data.windows import View, Windows
 
 # -- the format, written by its specification ---------------------------------------------------------------------
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 import common
-from common import ACTION_NAMES, ARM_ACTION, STATE_NAMES, InputError, Normalizer, Statistics
+from common import ACTION_NAMES, ARM_ACTION, STATE_NAMES, InputError, Normalizer
+from data.lerobot import Statistics
 
 number = st.floats(-2, 2, width=32)
 # Angles with their traps: the poles of pitch, half turns, and both sides of each.
