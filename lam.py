@@ -743,7 +743,8 @@ def train(args: Args, process: Process) -> None:
                 current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
                 noisy, s, velocity = flow(future, batch["index"], args.seed)
                 predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s)
-                loss, parts = lam_loss(predicted, velocity, actions, batch, counts, args.lambda_a)
+                w = s[:, None, None, None] if args.decoder in SANA_SIZES else 1
+                loss, parts = lam_loss(predicted * w, velocity * w, actions, batch, counts, args.lambda_a)
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
