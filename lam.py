@@ -24,14 +24,15 @@ Where we depart from the paper, or fill in what it does not say:
     distillation target (Eq. 4) then has unit scale. The paper gives no head.
  2. [CP_SCE] and [CP_MOT] stand for 64 positions each, with 64 learned embeddings each.
  3. The future frame is learned by rectified flow, as SANA was trained: x_s = (1-s) x + s noise, velocity = noise - x,
-    s logit-normal with shift 3, and s = 1 for a quarter of the samples. V_t enters through zero-initialised input
+    s logit-normal with shift 3, and s = 1 for half of the samples. V_t enters through zero-initialised input
     channels, beside SANA's own. At full size the scene stream's output is that velocity. At --tiny and --small it is
     a correction of V_t, x = V_t + output, and the velocity follows as (x_s - x) / s: a velocity contains the noise,
-    for which narrow tokens have no room (as JiT found, arXiv 2511.13720), and most of a frame stays as it was.
+    for which narrow tokens have no room (as JiT found, arXiv 2511.13720), and most of a frame stays as it was. L_frame
+    is then the error of x, which is s^2 times that of the velocity.
  4. The exchange is one cross-attention in each direction after every SANA block. The one into the scene stream is
     multiplied by a gate that starts at zero, so that at initialisation the scene stream is SANA to the last bit. The
     motion stream knows the noise level s; actions are read out at s = 1, where the scene stream sees only noise, so
-    what it knows about the future can only come from Z.
+    what it knows about the future can only come from Z. Learned places tell the tokens of Z apart.
  5. L = L_frame + lambda_a L_action with lambda_a = 1. L_action: squared error over moving dimensions, and binary
     cross-entropy over grippers, each averaged over all valid entries of the global batch. Samples without actions add
     L_frame alone. The ablations of Table 5 change the flow of data and leave the parameters as they are (to 2 %).
@@ -39,7 +40,8 @@ Where we depart from the paper, or fill in what it does not say:
     to draw the frame. Without DLA one undivided set of Ns + Nm tokens is what both streams read.
  6. 10 Hz, 448 px for encoder and decoder, and the number of steps are ours; the paper gives days of 16 A100s.
  7. At --tiny and --small nothing is pretrained: the vision encoder is trained too (a frozen random one sees nothing),
-    and an invertible pixel-unshuffle stands in for the DC-AE autoencoder.
+    and an invertible pixel-unshuffle stands in for the DC-AE autoencoder. --small sees 8 frames at 5 Hz, the 1.5 s of
+    16 frames at 10 Hz.
  8. Weight decay 0.01 and gradient clipping at 1 are ours.
 """
 
@@ -747,7 +749,8 @@ def train(args: Args, process: Process) -> None:
                 current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
                 noisy, s, velocity = flow(future, batch["index"], args.seed)
                 predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s)
-                loss, parts = lam_loss(predicted, velocity, actions, batch, counts, args.lambda_a)
+                w = s[:, None, None, None] if args.decoder in SANA_SIZES else 1  # see "depart", 3
+                loss, parts = lam_loss(predicted * w, velocity * w, actions, batch, counts, args.lambda_a)
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate

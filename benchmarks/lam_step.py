@@ -12,7 +12,6 @@ models without a language model (a spatio-temporal transformer over pixels in vi
 8 frames of 112 px, about as many FLOPs); it is not villa-X's code.
 """
 
-import copy
 import json
 import os
 import statistics
@@ -36,9 +35,8 @@ from data.windows import to_device
 
 # Between tiny and small, with frames of 112 px: patches of 14 pixels and 16 visual tokens a frame, as InternVL has them
 # for its image size, and 14 x 14 patches of 8 pixels for the decoder.
-common.VLM_SIZES["internvl-bench"] = copy.deepcopy(common.VLM_SIZES["internvl-small"])
-common.VLM_SIZES["internvl-bench"]["vision"] |= {"image_size": 112, "patch_size": 14}
-lam.SANA_SIZES["sana-bench"] = lam.SANA_SIZES["sana-small"] | {"in_channels": 192, "out_channels": 192, "num_layers": 2}
+common.VLM_SIZES["internvl-bench"] = common._size(vision=(192, 4, 4, 512, 112, 14), text=(256, 4, 8, 4, 768))
+lam.SANA_SIZES["sana-bench"] = lam.SANA_SIZES["sana-small"]
 SIZES = {
     "tiny": lam.TINY, "small": lam.SMALL, "full": lam.Args(),
     "bench": replace(

@@ -162,7 +162,7 @@ def test_flow_is_a_straight_line():
     u = torch.sigmoid(common.noise((), index, 5, x.device, purpose=1))
     pure = s == 1  # where actions are read out
     torch.testing.assert_close(s[~pure], (3 * u / (1 + 2 * u))[~pure])
-    assert 0.1 < pure.float().mean() < 0.4
+    assert abs(pure.float().mean() - lam.PURE_NOISE) < 0.2
     assert 0 < s.min() < 0.5 < s[~pure].mean() < s[~pure].max() < 1
 
 
@@ -274,8 +274,7 @@ def test_ablations_change_what_they_say():
             frame = model.decode(x, x, s, (z_sce, z_mot))[0]
             for changed in ((z_sce * 0, z_mot), (z_sce, z_mot * 0)):
                 assert not torch.allclose(model.decode(x, x, s, changed)[0], frame, atol=1e-6)
-    assert sizes[True, True] == sizes[True, False] and sizes[False, True] == sizes[False, False]
-    assert 0.98 < sizes[False, True] / sizes[True, True] < 1
+    assert len(set(sizes.values())) > 1 and max(sizes.values()) < 1.02 * min(sizes.values())
 
 
 # -- sampling, codec, learning -----------------------------------------------------------------------------------------

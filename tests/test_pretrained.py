@@ -63,7 +63,7 @@ def test_starts_as_the_published_models(published):
     x, current, s = torch.randn(2, 32, 2, 2), torch.randn(2, 32, 2, 2), torch.tensor([0.2, 0.9])
     z_sce, z_mot = torch.randn(2, 4, 128), torch.randn(2, 6, 128)
     with torch.no_grad():
-        caption = model.decoder.to_caption(z_sce)
+        caption = model.decoder.to_caption(z_sce + model.decoder.places[0])
         expected = sana(x, encoder_hidden_states=caption, timestep=s * 1000).sample
         velocity, _ = model.decode(x, current, s, (z_sce, z_mot))
     torch.testing.assert_close(velocity, expected, rtol=1e-6, atol=1e-6)
