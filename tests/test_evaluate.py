@@ -224,7 +224,7 @@ def test_the_report_sees_a_perfect_split(world, monkeypatch):
     # Its latent actions transfer: the source's actions, not those of the scene's clip.
     assert out["transfer"]["z"]["r2_source"] > 0.9 > 0.3 > out["transfer"]["z"]["r2_scene"]
     # Its Z_sce is the source's picture, though, and that shows as well.
-    assert out["transfer"]["z"]["psnr_source"] > 45 > 30 > out["transfer"]["z"]["psnr_scene"]
+    assert out["transfer"]["z"]["psnr_source"] > 45 > 40 > out["transfer"]["z"]["psnr_scene"]
 
 
 def test_a_motion_stream_that_does_not_read_z_mot_shows(world, monkeypatch):

@@ -19,7 +19,7 @@ import common
 
 # -- learning ----------------------------------------------------------------------------------------------------------
 
-FALLS = {"lam": "frame", "distill": "mse", "finetune": "ee"}
+FALLS = {"lam": "motion", "distill": "mse", "finetune": "ee"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
