@@ -624,7 +624,7 @@ class LeRobotReader:
 
     def _table(self, i: int) -> pa.Table:
         row = self.episodes[i]
-        path = self.root / self.info["data_path"].format(**self._place(row, "data"))
+        path = self._path("data_path", **self._place(row, "data"))
         if str(path) not in self._tables:
             wanted = {c["column"] for k in ("state", "action", "target") for c in (self.mapping.get(k) or {}).values()}
             try:
@@ -726,7 +726,19 @@ class LeRobotReader:
         key, row = self.mapping["images"][camera], self.episodes[i]
         place = self._place(row, f"videos/{key}")
         start = row[f"videos/{key}/from_timestamp"] if self.v3 else 0.0
-        return self.root / self.info["video_path"].format(video_key=key, **place), start
+        return self._path("video_path", video_key=key, **place), start
+
+    def _path(self, template: str, **place: Any) -> Path:
+        """A file of the data set, as a template of info.json names it. Raises InputError where it makes no path within
+        the data set."""
+        try:
+            path = Path(self.info[template].format(**place))
+        except (AttributeError, KeyError, IndexError, ValueError):
+            path = None
+        if path is None or path.is_absolute() or ".." in path.parts:
+            where = f"{template} {self.info[template]!r} in meta/info.json"
+            raise InputError(f"{self.source}: {where} names no file within the data set: correct it, or copy it again")
+        return self.root / path
 
     def frames(self, i: int, camera: str, indices: Sequence[int]) -> np.ndarray:
         """Frames of episode i, in the order asked for: uint8 (len(indices), H, W, 3)."""

@@ -253,6 +253,17 @@ def test_table_with_missing_rows_nan_or_a_foreign_gripper(copy):
             LeRobotReader(copy).episode(0)
 
 
+@pytest.mark.parametrize("key", ["data_path", "video_path"])
+@pytest.mark.parametrize("path", ["../{video_key}/x.mp4", "/tmp/x.mp4", "{nothing}.mp4", None])
+def test_paths_stay_within_the_data_set(copy, key, path):
+    info = json.loads((copy / "meta/info.json").read_text())
+    (copy / "meta/info.json").write_text(json.dumps(info | {key: path}))
+    with pytest.raises(InputError, match=f"{key} .* names no file within"):
+        reader = LeRobotReader(copy)
+        reader.episode(0)
+        reader.frames(0, "primary", [0])
+
+
 def test_missing_statistics(copy):
     (copy / "meta/stats.json").unlink()
     with pytest.raises(InputError, match=f"no q01/q99 statistics in {copy}: run `python -m data.stats {copy}`"):

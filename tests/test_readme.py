@@ -3,12 +3,16 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 import tyro
 
 import common
+from data.windows import View, Windows
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("lam", "distill", "finetune", "evaluate", "franka")
@@ -50,3 +54,29 @@ def test_the_readme_is_finished():
         assert (ROOT / path).exists(), path
     for name in re.findall(r"^([a-z_./]+)  +", text.split("## The files")[1].split("```")[1], re.MULTILINE):
         assert (ROOT / name).exists(), name
+
+
+def test_the_example_of_an_own_robot_runs(tmp_path, monkeypatch):
+    """The README's code, on a folder as it describes it; the data that it writes train after `data.stats`."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    source = next(b for b in blocks if "poses.csv" in b)
+    rng = np.random.default_rng(0)
+    for episode in range(3):
+        folder = tmp_path / f"mine/{episode}"
+        (folder / "front").mkdir(parents=True)
+        poses = np.tile([0.4, 0, 0.3, 0, 0, 0, 1, 1.0], (12, 1))
+        poses[:, :3] += rng.normal(0, 0.01, (12, 3)).cumsum(0)
+        np.savetxt(folder / "poses.csv", poses, delimiter=",")
+        (folder / "task.txt").write_text("pick up the red cup")
+        for t in range(12):
+            iio.imwrite(folder / f"front/{t:03d}.png", np.full((64, 64, 3), 20 * t, np.uint8))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "README.md", "exec"), {})
+    monkeypatch.setattr(sys, "argv", ["stats", "runs/data/robot"])
+    importlib.import_module("data.stats").main()
+    windows = Windows(["runs/data/robot"], {"video": View("primary", 3, 64)}, 2, 10, 0)
+    sample = windows.draw(0)
+    episode, t = np.searchsorted(windows.ends[0], sample["window"], side="right"), sample["window"] % 11
+    poses = np.loadtxt(f"mine/{episode}/poses.csv", delimiter=",")
+    moved = windows.action_norms[0].unnormalize(sample["action"])[0, 7:10].numpy()
+    np.testing.assert_allclose(moved, poses[t + 1, :3] - poses[t, :3], atol=1e-5)
