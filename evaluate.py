@@ -450,7 +450,7 @@ def draw_frames(fig: Any, pictures: dict[str, Any], title: str) -> None:
                 ax.text(0.03, 0.04, f"{decibel:.1f} dB", fontsize=7, color="white", transform=ax.transAxes,
                         bbox={"color": "black", "alpha": 0.5, "pad": 1})  # fmt: skip
     for ax, i in zip(axes[0], shown, strict=True):
-        ax.set_title(textwrap.shorten(pictures["instruction"][i], 24, placeholder=" ..."), fontsize=8)
+        ax.set_title(textwrap.shorten(pictures["instruction"][i], 24, placeholder=" ..."), fontsize=7)
     fig.suptitle(title, fontsize=11)
 
 
@@ -513,7 +513,7 @@ def draw_bars(ax: Any, table: Table, labels: dict[str, str], title: str, least: 
 def draw_curves(fig: Any, runs: dict[str, str]) -> None:
     """The logged losses of each run (dashed: what predicting the mean would give), and the LAM's held-out health."""
     ends = ("frame", "motion", "mse", "ee", "motion_mean", "ee_mean")
-    skip = ("step", "lr", "seconds", "wait", "grad_norm")
+    skip = ("step", "lr", "seconds", "wait", "grad_norm", "bad", "skipped")
     panels = {
         "losses": lambda k: k not in skip and (not k.startswith("val_") or k.endswith(ends)),
         "PSNR in dB": lambda k: k.startswith("val_psnr"),
