@@ -10,6 +10,7 @@ wrote under other names is read through a mapping (`data/mappings`), see `LeRobo
 
 import io
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -661,13 +662,25 @@ class LeRobotReader:
     def _array(column: pa.ChunkedArray) -> np.ndarray:
         """A column of numbers or of lists of numbers as float64 (n, width); a null becomes NaN."""
         array = column.combine_chunks()
+        if array.null_count and hasattr(array.type, "value_type"):
+            raise ValueError("a row is missing")
         flat = array.flatten() if hasattr(array.type, "value_type") else array
         return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
 
     def _columns(self, i: int, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
         """Mapped columns of episode i, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
         mapping = self.mapping.get(kind) or {}
-        arrays = {name: self._array(table[name]) for name in {c["column"] for c in mapping.values()}}
+        arrays = {}
+        for name in sorted({c["column"] for c in mapping.values()}):
+            try:
+                arrays[name] = self._array(table[name])
+            except (ValueError, TypeError, pa.ArrowException):
+                why = "has rows that are no numbers, or of unequal length"
+                raise DamagedEpisode(f"{self.source}: {name} in episode {i} {why}: leave it out") from None
+            shape = self.info["features"][name].get("shape")
+            if shape and math.prod(shape) != arrays[name].shape[1]:
+                raise InputError(f"{self.source}: {name} has {arrays[name].shape[1]} dimensions, meta/info.json says "
+                                 f"{shape}: copy or convert the data set again")  # fmt: skip
         short = sorted({c["column"] for c in mapping.values() if c["index"] >= arrays[c["column"]].shape[1]})
         if short:
             raise InputError(f"{self.source}: columns {short} have fewer dimensions than names")

@@ -253,6 +253,23 @@ def test_table_with_missing_rows_nan_or_a_foreign_gripper(copy):
             LeRobotReader(copy).episode(0)
 
 
+@pytest.mark.parametrize("how", ["wider", "ragged", "null", "text"])
+def test_columns_of_another_shape(copy, how):
+    path = min((copy / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    rows = table["action"].to_pylist()
+    if how == "wider":
+        rows = [[*row, 0.0] for row in rows]
+    else:
+        rows[3] = {"ragged": rows[3][:-1], "null": None, "text": ["x"] * 7}[how]
+        rows = [[str(x) for x in row] for row in rows] if how == "text" else rows
+    at = table.column_names.index("action")
+    pq.write_table(table.set_column(at, "action", pa.array(rows)), path)
+    error, text = (InputError, "8 dimensions") if how == "wider" else (DamagedEpisode, "action in episode 0 has rows")
+    with pytest.raises(error, match=text):
+        LeRobotReader(copy).episode(0)
+
+
 @pytest.mark.parametrize("key", ["data_path", "video_path"])
 @pytest.mark.parametrize("path", ["../{video_key}/x.mp4", "/tmp/x.mp4", "{nothing}.mp4", None])
 def test_paths_stay_within_the_data_set(copy, key, path):
@@ -549,7 +566,7 @@ def test_weights_and_splits(dataset, tmp_path):
 def write_v21(root: Path, made: list[dict], names: dict[str, dict]) -> Path:
     """A LeRobot v2.1 data set, as others write them: a file an episode, plain lists, columns of their own."""
     (root / "meta").mkdir(parents=True)
-    features = {k: {"dtype": "float64", "shape": [1]} | v for k, v in names.items()}
+    features = {k: {"dtype": "float64", "shape": [{"pos": 3, "quat": 4}.get(k, 1)]} | v for k, v in names.items()}
     features["observation.images.cam"] = {"dtype": "video", "shape": [32, 32, 3]}
     info = {"codebase_version": "v2.1", "fps": 10, "chunks_size": 1000, "features": features,
             "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",

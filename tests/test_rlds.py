@@ -773,6 +773,8 @@ def test_ctrl_c_and_kill_leave_a_whole_set_and_no_processes(many, tmp_path, kind
     """A real process with real workers, stopped in the middle of 45 episodes."""
     script = "import sys, common, test_rlds; from data import rlds; rlds.load = test_rlds.load_that_stalls\n"
     script += "rlds.LeRobotWriter = test_rlds.small_files\n"
+    # A suite that a shell put into the background passes on that Ctrl-C is ignored.
+    script += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += f"sys.argv = ['rlds', {str(many)!r}, '--out', {str(tmp_path / 'out')!r}, '--workers', '2']\n"
     script += "common.run_main(rlds.main)"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "GO": str(tmp_path / "go")}
