@@ -511,7 +511,7 @@ def make_tokenizer():
     )  # fmt: skip
 
 
-def _size(vision: tuple[int, ...], text: tuple[int, ...]) -> dict[str, dict[str, int]]:
+def vlm_size(vision: tuple[int, ...], text: tuple[int, ...]) -> dict[str, dict[str, int]]:
     width, layers, heads, mlp = "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"
     seen = dict(zip((width, layers, heads, mlp, "image_size", "patch_size"), vision, strict=True))
     read = dict(zip((width, layers, heads, "num_key_value_heads", mlp), text, strict=True))
@@ -522,10 +522,10 @@ def _size(vision: tuple[int, ...], text: tuple[int, ...]) -> dict[str, dict[str,
 # cores (tiny) or a second or two (small); layers, heads and tokens keep the full models' proportions (our choice).
 VLM_SIZES: dict[str, dict[str, Any]] = {
     # vision: width, layers, heads, MLP, image and patch in pixels   text: width, layers, heads, key-value heads, MLP
-    "internvl-tiny": _size(vision=(64, 2, 2, 128, 64, 8), text=(128, 2, 4, 2, 256)),
-    "internvl-small": _size(vision=(128, 3, 4, 384, 96, 12), text=(192, 3, 6, 3, 576)),
-    "paligemma-tiny": _size(vision=(96, 2, 4, 192, 64, 8), text=(128, 3, 4, 1, 256)),
-    "paligemma-small": _size(vision=(192, 4, 4, 512, 96, 8), text=(256, 4, 8, 1, 768)),
+    "internvl-tiny": vlm_size(vision=(64, 2, 2, 128, 64, 8), text=(128, 2, 4, 2, 256)),
+    "internvl-small": vlm_size(vision=(128, 3, 4, 384, 96, 12), text=(192, 3, 6, 3, 576)),
+    "paligemma-tiny": vlm_size(vision=(96, 2, 4, 192, 64, 8), text=(128, 3, 4, 1, 256)),
+    "paligemma-small": vlm_size(vision=(192, 4, 4, 512, 96, 8), text=(256, 4, 8, 1, 768)),
 }
 
 # Pixel statistics each family was pretrained with.

@@ -35,7 +35,7 @@ from data.windows import to_device
 
 # Between tiny and small, with frames of 112 px: patches of 14 pixels and 16 visual tokens a frame, as InternVL has them
 # for its image size, and 14 x 14 patches of 8 pixels for the decoder.
-common.VLM_SIZES["internvl-bench"] = common._size(vision=(192, 4, 4, 512, 112, 14), text=(256, 4, 8, 4, 768))
+common.VLM_SIZES["internvl-bench"] = common.vlm_size(vision=(192, 4, 4, 512, 112, 14), text=(256, 4, 8, 4, 768))
 lam.SANA_SIZES["sana-bench"] = lam.SANA_SIZES["sana-small"]
 SIZES = {
     "tiny": lam.TINY, "small": lam.SMALL, "full": lam.Args(),

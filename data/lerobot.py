@@ -289,7 +289,8 @@ class LeRobotWriter:
     no action_names the change of the state is the action; with neither it is video alone, without actions.
     moving_camera: episodes carry the primary camera's pose, and readers tell actions and states in its frame.
 
-    meta/stats.json gets the statistics of actions as they are and composed to 10 and 5 Hz (RATES)."""
+    meta/stats.json gets the statistics of states, and of actions as they are and composed to 10 and 5 Hz (RATES); of
+    actions made from states only `python -m data.stats` knows them."""
 
     def __init__(
         self, root: Path | str, fps: float = 10, robot_type: str = "fr3", action_names: Sequence[str] = ARM_ACTION,
