@@ -561,6 +561,8 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
         text |= {"vocab_size": len(tokenizer), **{f"{k}_token_id": ids(f"<{k}>") for k in ("pad", "bos", "eos")}}
         text |= {"max_position_embeddings": 4096, "attn_implementation": "sdpa"}
         if family == "internvl":
+            # Qwen3's rotary base of a million is made for 40,000 positions; this one tells apart a few hundred.
+            text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000.0}}
             made = tf.InternVLConfig(
                 vision_config=vision, text_config=text | {"model_type": "qwen3"}, image_token_id=ids("<IMG_CONTEXT>"),
                 image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2 // 4,

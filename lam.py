@@ -32,8 +32,11 @@ Where we depart from the paper, or fill in what it does not say:
  4. The exchange is one cross-attention in each direction after every SANA block. The one into the scene stream is
     multiplied by a gate that starts at zero, so that at initialisation the scene stream is SANA to the last bit. The
     motion stream knows the noise level s; actions are read out at s = 1, where the scene stream sees only noise, so
-    what it knows about the future can only come from Z. Learned places tell the tokens of Z apart.
- 5. L = L_frame + lambda_a L_action with lambda_a = 1. L_action: squared error over moving dimensions, and binary
+    what it knows about the future can only come from Z. Learned places tell the tokens of Z apart. In training each
+    direction of the exchange is cut for half of the samples: so Z_mot has to carry the actions by itself and Z_sce the
+    frame, where otherwise one of them could do the work of both.
+ 5. L = L_frame + lambda_a L_action with lambda_a = 1, at --tiny and --small 0.1, since the error of x is some twenty
+    times smaller than that of a velocity. L_action: squared error over moving dimensions, and binary
     cross-entropy over grippers, each averaged over all valid entries of the global batch. Samples without actions add
     L_frame alone. The ablations of Table 5 change the flow of data and leave the parameters as they are (to 2 %).
     Without UAD both streams stay, but no action is decoded and no action error comes back: the motion tokens only help
@@ -171,14 +174,14 @@ class Args:
 TINY = Args(
     data=("data/tiny",), out="runs/tiny/lam", encoder="internvl-tiny", decoder="sana-tiny", freeze_vision=False,
     frames=4, image_size=64, scene_tokens=8, motion_tokens=8, latent_dim=128, motion_width=128, motion_heads=4,
-    batch=8, accumulate=1, steps=300, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15,
+    lambda_a=0.1, batch=8, accumulate=1, steps=300, lr=5e-4, min_lr=1e-5, warmup=10, checkpointing=False, val_every=15,
     val_samples=64, save_every=100, log_every=10, workers=0, preload=True,
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
     freeze_vision=False, frames=8, hz=5, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256,
-    motion_width=192, motion_heads=6, batch=8, accumulate=1, steps=6000, lr=1e-3, min_lr=1e-5, warmup=100,
-    cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=250, log_every=25, workers=0,
+    motion_width=192, motion_heads=6, lambda_a=0.1, batch=8, accumulate=1, steps=6000, lr=1e-3, min_lr=1e-5, warmup=100,
+    cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=500, log_every=25, workers=0,
     preload=True,
 )  # fmt: skip
 
@@ -204,7 +207,7 @@ class Encoder(nn.Module):
         self.config, self.tokenizer = vlm.config, tokenizer
         width = vlm.config.text_config.hidden_size
         self.counts = (scene_tokens, motion_tokens)
-        self.queries = nn.Parameter(torch.randn(scene_tokens + motion_tokens, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(scene_tokens + motion_tokens, width) * 0.02)  # as Qwen's words are
         self.head = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, latent_dim), nn.LayerNorm(latent_dim, elementwise_affine=False)
         )
@@ -289,10 +292,10 @@ class MotionLayer(nn.Module):
         self.scene = Attention(width, scene_width, width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, z_mot: Tensor, scene: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z_mot: Tensor, scene: Tensor, open: Tensor) -> Tensor:
         x = x + self.itself(h := self.norms[0](x), h)
         x = x + self.latent(self.norms[1](x), z_mot)
-        x = x + self.scene(self.norms[2](x), self.scene_norm(scene))
+        x = x + open * self.scene(self.norms[2](x), self.scene_norm(scene))
         return x + self.mlp(self.norms[3](x))
 
 
@@ -306,8 +309,8 @@ class MotionToScene(nn.Module):
         self.attention = Attention(scene_width, context, width, heads)
         self.gate = nn.Parameter(torch.zeros(scene_width))
 
-    def forward(self, scene: Tensor, motion: Tensor) -> Tensor:
-        return scene + self.gate * self.attention(self.norm(scene), motion)
+    def forward(self, scene: Tensor, motion: Tensor, open: Tensor) -> Tensor:
+        return scene + open * self.gate * self.attention(self.norm(scene), motion)
 
 
 class Decoder(nn.Module):
@@ -338,16 +341,22 @@ class Decoder(nn.Module):
         if args.uad:
             self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, len(common.ACTION_NAMES)))
 
-    def layer(self, v: int, scene: Tensor, motion: Tensor, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple):
-        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W)) -> the same."""
+    def layer(
+        self, v: int, scene: Tensor, motion: Tensor, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple, open: Tensor
+    ):
+        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W)) -> the same. open (2, B or 1, 1, 1): 0 where
+        a sample's scene-to-motion or motion-to-scene attention is cut, else 1."""
         scene = self.sana.transformer_blocks[v](
             scene, encoder_hidden_states=caption, timestep=t, height=hw[0], width=hw[1]
         )
-        motion = self.motion[v](motion, z_mot, scene)
-        return self.to_scene[v](scene, motion), motion
+        motion = self.motion[v](motion, z_mot, scene, open[0])
+        return self.to_scene[v](scene, motion, open[1]), motion
 
-    def forward(self, noisy: Tensor, current: Tensor, s: Tensor, z_sce: Tensor, z_mot: Tensor):
-        """noisy and current (B, C, h, w): latents of V_{t+k} at noise level s (B,) in [0, 1], and of V_t.
+    def forward(
+        self, noisy: Tensor, current: Tensor, s: Tensor, z_sce: Tensor, z_mot: Tensor, open: Tensor | None = None
+    ):
+        """noisy and current (B, C, h, w): latents of V_{t+k} at noise level s (B,) in [0, 1], and of V_t. open (B, 2):
+        as `exchange` draws it; None: all open.
 
         Returns the velocity (B, C, h, w) and the actions (B, A, 44), normalised, gripper columns as logits; None
         without the unified action decoder."""
@@ -358,11 +367,13 @@ class Decoder(nn.Module):
         t, embedded = self.sana.time_embed(s * 1000, batch_size=len(noisy), hidden_dtype=scene.dtype)
         caption = self.sana.caption_norm(self.sana.caption_projection(self.to_caption(z_sce)))
         motion = repeat(self.queries, "a w -> b a w", b=len(noisy)) + self.noise_level(F.silu(embedded))[:, None]
+        open = scene.new_ones(2, 1, 1, 1) if open is None else rearrange(open, "b two -> two b 1 1").to(scene.dtype)
         for v in range(self.config.num_layers):
             if self.checkpointing and torch.is_grad_enabled():
-                scene, motion = checkpoint(self.layer, v, scene, motion, caption, z_mot, t, hw, use_reentrant=False)
+                parts = v, scene, motion, caption, z_mot, t, hw, open
+                scene, motion = checkpoint(self.layer, *parts, use_reentrant=False)
             else:
-                scene, motion = self.layer(v, scene, motion, caption, z_mot, t, hw)
+                scene, motion = self.layer(v, scene, motion, caption, z_mot, t, hw, open)
         out = self.sana.proj_out(self.sana.norm_out(scene, embedded, self.sana.scale_shift_table))
         out = rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=hw[0], p=p, q=p).contiguous()
         if self.corrects:  # what separates x_s from the guess at x, per unit of s
@@ -385,16 +396,17 @@ class LAM(nn.Module):
             z_sce = z_mot = torch.cat([z_sce, z_mot], 1)
         return z_sce, z_mot
 
-    def decode(self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor]):
-        return self.decoder(noisy, current, s, *z)
+    def decode(self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor], open: Tensor | None = None):
+        return self.decoder(noisy, current, s, *z, open)
 
     def forward(
-        self, video: Tensor, instructions: list[str], noisy: Tensor, current: Tensor, s: Tensor, zero: str = ""
-    ):
+        self, video: Tensor, instructions: list[str], noisy: Tensor, current: Tensor, s: Tensor,
+        open: Tensor | None = None, zero: str = "",
+    ):  # fmt: skip
         """What `decode` returns. zero: "scene" or "motion" blanks that set of tokens, to see what it was good for."""
         z_sce, z_mot = self.encode(video, instructions)
         z = (z_sce * 0 if zero == "scene" else z_sce, z_mot * 0 if zero == "motion" else z_mot)
-        return self.decode(noisy, current, s, z)
+        return self.decode(noisy, current, s, z, open)
 
 
 class PixelCodec:
@@ -490,6 +502,8 @@ def assemble(args: Args, vlm: nn.Module, tokenizer: Any, sana: SanaTransformer2D
     side = encoder.config.vision_config.image_size[0]
     if args.image_size != side:
         raise InputError(f"--image-size {args.image_size}, but {args.encoder} takes {side} pixels")
+    if args.encoder in common.VLM_SIZES:  # as large as what a random vision encoder says
+        nn.init.normal_(encoder.queries, std=0.5)
     encoder.vlm.vision_tower.requires_grad_(not args.freeze_vision)
     if args.checkpointing:
         # Not the whole of it: a frozen vision encoder would keep its layers' inputs and be run backwards, for nothing.
@@ -526,6 +540,12 @@ def flow(x: Tensor, index: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     s = torch.where(pure, 1.0, s)
     at = s[:, None, None, None]
     return (1 - at) * x + at * eps, s, eps - x
+
+
+def exchange(index: Tensor, seed: int) -> Tensor:
+    """Which directions of the exchange between the streams are open, (B, 2) of 0 and 1: scene to motion, motion to
+    scene. Each is cut for half of the samples (our choice)."""
+    return (common.noise((2,), index, seed, index.device, purpose=5) > 0).float()
 
 
 def action_terms(actions: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -620,7 +640,7 @@ def health(model: LAM, codec, batch: dict, current: Tensor, future: Tensor, args
     mask, counted = batch["action_mask"], batch["counted"]
     sums = torch.zeros(len(HEALTH), device=noise.device)
     for i, zero in enumerate(("", "scene", "motion") if args.dla else ("",)):
-        velocity, actions = model(batch["video"], batch["instruction"], noise, current, s, zero)
+        velocity, actions = model(batch["video"], batch["instruction"], noise, current, s, zero=zero)
         estimate = noise - velocity.float()
         sums[3 + 2 * i] = (estimate - future).square().mean((1, 2, 3)).mul(counted).sum()
         if args.uad:
@@ -748,7 +768,8 @@ def train(args: Args, process: Process) -> None:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
                 noisy, s, velocity = flow(future, batch["index"], args.seed)
-                predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s)
+                open = exchange(batch["index"], args.seed)
+                predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s, open)
                 w = s[:, None, None, None] if model.decoder.corrects else 1  # the error of x, not of the velocity
                 loss, parts = lam_loss(predicted * w, velocity * w, actions, batch, counts, args.lambda_a)
             (loss / args.accumulate).backward()

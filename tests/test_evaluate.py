@@ -299,7 +299,7 @@ def test_a_call_without_a_set_of_tokens_is_decoding_with_zeros(world):
         z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
         for zero, z in {"scene": (z_sce * 0, z_mot), "motion": (z_sce, z_mot * 0), "": (z_sce, z_mot)}.items():
             expected = model.decode(noisy, current, s, z)
-            got = model(batch["video"], batch["instruction"], noisy, current, s, zero)
+            got = model(batch["video"], batch["instruction"], noisy, current, s, zero=zero)
             torch.testing.assert_close(got, expected)
 
 
