@@ -277,6 +277,30 @@ def test_ablations_change_what_they_say():
     assert len(set(sizes.values())) > 1 and max(sizes.values()) < 1.02 * min(sizes.values())
 
 
+def test_a_cut_exchange_leaves_each_stream_to_its_own_tokens():
+    """Scene to motion cut: Z_sce moves no action; motion to scene cut: Z_mot moves no pixel. Open, both do. Which are
+    cut belongs to the sample, and is about half of them."""
+    model, batch = lam.build(ARGS).eval(), make_batch()
+    open_gates(model)
+    x, s = torch.randn(2, *SHAPE), torch.ones(2)
+    with torch.no_grad():
+        z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
+        for cut in (True, False):
+            to_motion, to_scene = (torch.tensor([row] * 2).float() for row in ([not cut, True], [True, not cut]))
+            actions = [model.decode(x, x, s, (z, z_mot), to_motion)[1] for z in (z_sce, z_sce + 1)]
+            frames = [model.decode(x, x, s, (z_sce, z), to_scene)[0] for z in (z_mot, z_mot + 1)]
+            assert torch.equal(*actions) == cut and torch.equal(*frames) == cut
+        one_each = model.decode(x, x, s, (z_sce, z_mot), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        alone = [model.decode(x, x, s, (z_sce, z_mot), torch.tensor([row] * 2)) for row in ([0.0, 1.0], [1.0, 0.0])]
+        for i in range(2):
+            for got, expected in zip(one_each, alone[i], strict=True):
+                torch.testing.assert_close(got[i], expected[i])
+    index = torch.arange(2000)
+    drawn = lam.exchange(index, 0)
+    assert torch.equal(drawn[7:9], lam.exchange(index[7:9], 0)) and not torch.equal(drawn, lam.exchange(index, 1))
+    assert (drawn.mean(0) - 0.5).abs().max() < 0.05 and abs((drawn[:, 0] * drawn[:, 1]).mean() - 0.25) < 0.05
+
+
 # -- sampling, codec, learning -----------------------------------------------------------------------------------------
 
 
