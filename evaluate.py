@@ -17,8 +17,8 @@ Where we depart from the paper, or fill in what it does not say:
  1. The paper judges by success rates alone. Users of latent action models ask above all whether theirs is any good, so
     there is a report without a robot: the questions and the controls are those of the field.
  2. Copying the current frame, predicting the mean action, raw pixels, the raw vision encoder and shuffled latents are
-    the baselines: a number that does not beat them means nothing. (Where nothing was pretrained, the vision encoder was
-    trained with the rest and is not raw.)
+    the baselines: a number that does not beat them means nothing. Pixels and raw encoder see all T frames, as Z does.
+    (Where nothing was pretrained, raw is the random encoder that training started from.)
  3. Probes are ridge regressions on windows of training episodes, their strength chosen on one in four of those
     episodes, scored on windows of held-out episodes: no episode serves two ends.
  4. R2 and the error of actions are means over the dimensions that move in the held-out windows, without grippers. In
@@ -29,6 +29,7 @@ Where we depart from the paper, or fill in what it does not say:
 """
 
 import math
+import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator
@@ -113,10 +114,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def frame_scores(a: Tensor, b: Tensor) -> dict[str, float]:
-    """PSNR (dB) and SSIM, means over images, and the squared error of pixels in 0 .. 1. Windows in which nothing moves
-    have a PSNR without a bound when copied, and weigh on its mean; the squared error does not mind them."""
+    """PSNR (dB) and SSIM, means over images, and the squared error of pixels in 0 .. 1 with its own PSNR. Windows in
+    which nothing moves have a PSNR without a bound when copied, and weigh on its mean; the error does not mind them."""
     mse = (a.float() - b.float()).div(255).square().mean().item()
-    return {"psnr": lam.psnr(a, b).mean().item(), "ssim": ssim(a, b).mean().item(), "mse": mse}
+    pooled = -10 * math.log10(max(mse, 1e-8))
+    return {"psnr": lam.psnr(a, b).mean().item(), "psnr_of_mse": pooled, "ssim": ssim(a, b).mean().item(), "mse": mse}
 
 
 def dimension_scores(predicted: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,14 +184,20 @@ def partners(episode: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(0, order, order.roll(len(order) // 2))
 
 
-def batches(windows: Windows, samples: int, batch: int, process: Process, desc: str) -> Iterator[dict[str, Any]]:
-    """Windows 0 .. samples - 1 of a stream, each with the number of its `episode`."""
+def batches(
+    windows: Windows, samples: int, batch: int, process: Process, desc: str, damaged: set[str]
+) -> Iterator[dict[str, Any]]:
+    """Windows 0 .. samples - 1 of a stream, each with the number of its `episode`. What is damaged is said, added to
+    `damaged`, and drawn around."""
     bar = tqdm(total=samples, desc=desc, unit="window", mininterval=1)
     for first in range(0, samples, batch):
         drawn = [windows[i] for i in range(first, min(first + batch, samples))]
         for s in drawn:
             at = int(np.searchsorted(windows.ends[s["dataset"]], s["window"], side="right"))
             s["episode"] = (s["dataset"] << 32) + int(windows.chosen[s["dataset"]][at])
+            for line in set(s["damaged"].splitlines()) - damaged:
+                tqdm.write(f"damaged, another window is drawn: {line}", file=sys.stderr)
+                damaged.add(line)
         yield to_device(collate(drawn), process.device)
         bar.update(len(drawn))
     bar.close()
@@ -269,16 +277,21 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     model, trained, meta = lam.load_lam(found)
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
                       preload=False)  # fmt: skip
-    model = model.to(process.device).eval()
+    model = raw = model.to(process.device).eval()
+    if trained.encoder in common.VLM_SIZES:  # nothing was pretrained: the encoder as training found it
+        torch.manual_seed(trained.seed)
+        raw = lam.build(trained).to(process.device).eval()
+    damaged: set[str] = set()
     codec = lam.load_codec(trained.decoder, model.decoder.config.in_channels, process)
     amp = lambda: torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32)
 
     def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
-        for batch in batches(lam.make_windows(trained, split), samples, trained.batch, process, f"lam, {split}"):
-            ends, first, last = batch["video"][:, [0, -1]], batch["video"][:, 0], batch["video"][:, -1]
+        windows = lam.make_windows(trained, split)
+        for batch in batches(windows, samples, trained.batch, process, f"lam, {split}", damaged):
+            video, first, last = batch["video"], batch["video"][:, 0], batch["video"][:, -1]
             with amp():
-                z_sce, z_mot = model.encode(batch["video"], batch["instruction"])
-                row = {"z_sce": z_sce, "z_mot": z_mot, "encoder": raw_encoder(model, ends), "pixels": pixels(ends)}
+                z_sce, z_mot = model.encode(video, batch["instruction"])
+                row = {"z_sce": z_sce, "z_mot": z_mot, "encoder": raw_encoder(raw, video), "pixels": pixels(video)}
                 if split == "val":
                     row |= {"first": first, "last": last, "now": codec.encode(first), "future": codec.encode(last)}
                     row |= {"codec": codec.decode(row["future"]), "index": batch["index"]}
@@ -294,12 +307,13 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     for i in tqdm(starts, desc="lam, decoding", unit="batch", mininterval=1):
         part = slice(i, i + trained.batch)
         now, future, index = (held_out[k][part].to(process.device) for k in ("now", "future", "index"))
-        noisy, s, velocity = lam.flow(future, index, args.seed)
+        noisy, s, velocity = lam.flow(future, index, args.seed, trained.pure_noise)
         for name, changed in changes.items():
             z = tuple(x[part].to(process.device) for x in changed)
             with amp():
                 predicted, _ = model.decode(noisy, now, s, z)
-                losses[name].append((predicted.float() - velocity).square().flatten(1).mean(1).cpu())
+                error = (predicted.float() - velocity) * lam.frame_weight(s, trained)
+                losses[name].append(error.square().flatten(1).mean(1).cpu())
                 if trained.uad:
                     decoded[name].append(lam.decode_actions(model, now, z, index, args.seed).cpu())
                 if m := max(0, min(n - i, len(now))):
@@ -310,12 +324,17 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     decoded = {k: torch.cat(v) for k, v in decoded.items() if v}
 
     out: dict[str, Any] = {"checkpoint": origin(found, meta), "data": list(trained.data), "samples": args.samples,
-                           "held_out": bool(trained.val_every)}  # fmt: skip
+                           "probe_samples": args.probe_samples, "sampled": n, "sampling_steps": args.sampling_steps,
+                           "held_out": bool(trained.val_every), "damaged": sorted(damaged)}  # fmt: skip
     first, last = held_out["first"][:n], held_out["last"][:n]
     out["frames"] = {"copied": frame_scores(first, last), "sampled": frame_scores(sampled["as_is"], last),
                      "codec": frame_scores(held_out["codec"][:n], last)}  # fmt: skip
     tokens = {"z_sce": "z_sce", "z_mot": "z_mot"} if trained.dla else {"z": "z_mot"}
-    out["probes"] = probes(seen, held_out, {"pixels": "pixels", "encoder": "encoder"} | tokens)
+    features = {"pixels": "pixels", "encoder": "encoder"} | tokens
+    if not trained.val_every:
+        print("lam: nothing was held out (--val-every 0): no probes, which would be scored on what they were fitted to")
+        features = {}
+    out["probes"] = probes(seen, held_out, features)
     if not out["probes"]:  # data without actions
         decoded = {}
     if decoded:
@@ -381,9 +400,11 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     out |= {k.removeprefix("val_"): v for k, v in distill.validate(student, teacher, windows, trained, process).items()}
     student.eval()
 
+    damaged: set[str] = set()
+
     def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
         data = distill.make_windows(replace(trained, preload=False), teacher_args, student.image_size, split)
-        for batch in batches(data, samples, trained.batch, process, f"student, {split}"):
+        for batch in batches(data, samples, trained.batch, process, f"student, {split}", damaged):
             if split == "val" and "sentences" not in out:
                 wrote = student.describe(batch["first"][:4], batch["instruction"][:4])
                 out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
@@ -392,6 +413,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
             yield {"zhat": hat.float().cpu(), "pixels": pixels(batch["first"])} | targets(batch)
 
     held_out, seen = columns(encoded("val", args.samples)), columns(encoded("train", args.probe_samples))
+    out["damaged"] = sorted(damaged)
     out["probes"] = probes(seen, held_out, {"pixels": "pixels", "zhat": "zhat"})
     return out
 

@@ -85,7 +85,6 @@ SANA_SIZES: dict[str, dict[str, Any]] = {  # decoders from random weights (our c
 }  # fmt: skip
 FLOW_SHIFT = 3.0  # SANA's own: more training on high noise
 MIN_NOISE = 0.05  # below it, a velocity derived from a guess at the frame counts no more (JiT, arXiv 2511.13720)
-PURE_NOISE = 0.5  # share of samples at s = 1, where actions are read out (our choice)
 
 
 @dataclass
@@ -129,6 +128,10 @@ class Args:
     """Decoupled latent actions: off, one undivided set of Ns + Nm tokens feeds both streams. (Table 5)"""
     lambda_a: float = 1.0
     """Weight of L_action. (our choice)"""
+    pure_noise: float = 0.5
+    """Share of samples at noise level 1, where actions are read out; SANA's schedule has almost none. (our choice)"""
+    cut_exchange: float = 0.5
+    """Share of samples for which each direction of the exchange between the streams is cut. (our choice)"""
     batch: int = 16
     """Windows per GPU and micro-step. (Sec. 6.3)"""
     accumulate: int = 2
@@ -212,8 +215,9 @@ class Encoder(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, latent_dim), nn.LayerNorm(latent_dim, elementwise_affine=False)
         )
 
-    def tokenize(self, instructions: list[str], frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, their kind (0 text, 1 image, 2 latent), and the mask of what is not padding: each (B, L).
+    def tokenize(self, instructions: list[str], frames: int) -> tuple[Tensor, Tensor]:
+        """Token ids and their kind (0 text or padding, 1 image, 2 latent), (B, L) each. Padding is on the right, where
+        nothing that the causal model is asked for can see it.
 
         Raises InputError when that is longer than the VLM's context."""
         text = lambda s: [(i, 0) for i in self.tokenizer(s, add_special_tokens=False).input_ids]
@@ -232,19 +236,18 @@ class Encoder(nn.Module):
             raise InputError(f"{frames} frames and an instruction of {max(map(len, instructions))} letters make "
                              f"{length} tokens, the VLM takes {limit}: lower --frames or shorten the instruction")
         ids, kind = torch.tensor([row + [(pad, 0)] * (length - len(row)) for row in rows]).unbind(-1)
-        mask = torch.arange(length) < torch.tensor([[len(row)] for row in rows])
-        return ids, kind, mask.long()
+        return ids, kind
 
     def forward(self, video: Tensor, instructions: list[str]) -> tuple[Tensor, Tensor]:
         """video uint8 (B, T, 3, H, H) -> Z_sce (B, Ns, D), Z_mot (B, Nm, D).  (Eq. 1)"""
-        ids, kind, mask = (x.to(video.device) for x in self.tokenize(instructions, video.shape[1]))
+        ids, kind = (x.to(video.device) for x in self.tokenize(instructions, video.shape[1]))
         embeds = self.vlm.get_input_embeddings()(ids)  # (B, L, width)
         pixels = common.normalize_pixels(rearrange(video, "b t c h w -> (b t) c h w"), "internvl", embeds.dtype)
         images = self.vlm.get_image_features(pixel_values=pixels).pooler_output  # (B T, n, width)
         latents = repeat(self.queries, "n d -> b n d", b=len(video))
         embeds = embeds.masked_scatter((kind == 1)[..., None], images.to(embeds.dtype))
         embeds = embeds.masked_scatter((kind == 2)[..., None], latents.to(embeds.dtype))
-        hidden = self.vlm.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = self.vlm.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         z = self.head(rearrange(hidden[kind == 2], "(b n) d -> b n d", b=len(video)))  # (B, Ns+Nm, D)
         return z[:, : self.counts[0]], z[:, self.counts[0] :]
 
@@ -272,7 +275,7 @@ class Attention(nn.Module):
 
 def spread(module: nn.Module) -> None:
     """Gives every linear layer weights of standard deviation 1 / sqrt(inputs), so that what it reads keeps its scale:
-    torch's own start is 1.7 times smaller. (our choice; it made no difference in the first 350 steps of --small)"""
+    torch's own start is 1.7 times smaller. (our choice)"""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
@@ -292,10 +295,10 @@ class MotionLayer(nn.Module):
         self.scene = Attention(width, scene_width, width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, z_mot: Tensor, scene: Tensor, open: Tensor) -> Tensor:
+    def forward(self, x: Tensor, z_mot: Tensor, scene: Tensor, exchange: Tensor) -> Tensor:
         x = x + self.itself(h := self.norms[0](x), h)
         x = x + self.latent(self.norms[1](x), z_mot)
-        x = x + open * self.scene(self.norms[2](x), self.scene_norm(scene))
+        x = x + exchange * self.scene(self.norms[2](x), self.scene_norm(scene))
         return x + self.mlp(self.norms[3](x))
 
 
@@ -309,8 +312,8 @@ class MotionToScene(nn.Module):
         self.attention = Attention(scene_width, context, width, heads)
         self.gate = nn.Parameter(torch.zeros(scene_width))
 
-    def forward(self, scene: Tensor, motion: Tensor, open: Tensor) -> Tensor:
-        return scene + open * self.gate * self.attention(self.norm(scene), motion)
+    def forward(self, scene: Tensor, motion: Tensor, exchange: Tensor) -> Tensor:
+        return scene + exchange * self.gate * self.attention(self.norm(scene), motion)
 
 
 class Decoder(nn.Module):
@@ -327,7 +330,7 @@ class Decoder(nn.Module):
         tokens = (args.scene_tokens, args.motion_tokens) if args.dla else (args.scene_tokens + args.motion_tokens,) * 2
         self.places = nn.ParameterList(nn.Parameter(torch.randn(n, args.latent_dim)) for n in tokens)
         self.checkpointing, self.uad = args.checkpointing, args.uad
-        self.corrects = args.decoder in SANA_SIZES
+        self.corrects = args.decoder in SANA_SIZES  # the output is a correction of V_t, else the velocity (see 3 above)
         if self.corrects:
             spread(sana)
             nn.init.zeros_(sana.proj_out.weight)  # the first guess is V_t itself
@@ -342,21 +345,22 @@ class Decoder(nn.Module):
             self.action_head = nn.Sequential(nn.LayerNorm(w), nn.Linear(w, len(common.ACTION_NAMES)))
 
     def layer(
-        self, v: int, scene: Tensor, motion: Tensor, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple, open: Tensor
-    ):
-        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W)) -> the same. open (2, B or 1, 1, 1): 0 where
-        a sample's scene-to-motion or motion-to-scene attention is cut, else 1."""
+        self, v: int, scene: Tensor, motion: Tensor, caption: Tensor, z_mot: Tensor, t: Tensor, hw: tuple[int, int],
+        exchange: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Layer v of both streams: (scene (B, hw, S), motion (B, A, W)) -> the same. exchange (2, B or 1, 1, 1): 0
+        where a sample's attention from motion to scene tokens, or from scene to motion tokens, is cut; else 1."""
         scene = self.sana.transformer_blocks[v](
             scene, encoder_hidden_states=caption, timestep=t, height=hw[0], width=hw[1]
         )
-        motion = self.motion[v](motion, z_mot, scene, open[0])
-        return self.to_scene[v](scene, motion, open[1]), motion
+        motion = self.motion[v](motion, z_mot, scene, exchange[0])
+        return self.to_scene[v](scene, motion, exchange[1]), motion
 
     def forward(
-        self, noisy: Tensor, current: Tensor, s: Tensor, z_sce: Tensor, z_mot: Tensor, open: Tensor | None = None
+        self, noisy: Tensor, current: Tensor, s: Tensor, z_sce: Tensor, z_mot: Tensor, exchange: Tensor | None = None
     ):
-        """noisy and current (B, C, h, w): latents of V_{t+k} at noise level s (B,) in [0, 1], and of V_t. open (B, 2):
-        as `exchange` draws it; None: all open.
+        """noisy and current (B, C, h, w): latents of V_{t+k} at noise level s (B,) in [0, 1], and of V_t.
+        exchange (B, 2): as `draw_exchange` gives it; None: all of it.
 
         Returns the velocity (B, C, h, w) and the actions (B, A, 44), normalised, gripper columns as logits; None
         without the unified action decoder."""
@@ -367,13 +371,15 @@ class Decoder(nn.Module):
         t, embedded = self.sana.time_embed(s * 1000, batch_size=len(noisy), hidden_dtype=scene.dtype)
         caption = self.sana.caption_norm(self.sana.caption_projection(self.to_caption(z_sce)))
         motion = repeat(self.queries, "a w -> b a w", b=len(noisy)) + self.noise_level(F.silu(embedded))[:, None]
-        open = scene.new_ones(2, 1, 1, 1) if open is None else rearrange(open, "b two -> two b 1 1").to(scene.dtype)
+        if exchange is None:
+            exchange = noisy.new_ones(len(noisy), 2)
+        exchange = rearrange(exchange, "b two -> two b 1 1").to(scene.dtype)
         for v in range(self.config.num_layers):
             if self.checkpointing and torch.is_grad_enabled():
-                parts = v, scene, motion, caption, z_mot, t, hw, open
+                parts = v, scene, motion, caption, z_mot, t, hw, exchange
                 scene, motion = checkpoint(self.layer, *parts, use_reentrant=False)
             else:
-                scene, motion = self.layer(v, scene, motion, caption, z_mot, t, hw, open)
+                scene, motion = self.layer(v, scene, motion, caption, z_mot, t, hw, exchange)
         out = self.sana.proj_out(self.sana.norm_out(scene, embedded, self.sana.scale_shift_table))
         out = rearrange(out, "b (h w) (p q c) -> b c (h p) (w q)", h=hw[0], p=p, q=p).contiguous()
         if self.corrects:  # what separates x_s from the guess at x, per unit of s
@@ -396,17 +402,20 @@ class LAM(nn.Module):
             z_sce = z_mot = torch.cat([z_sce, z_mot], 1)
         return z_sce, z_mot
 
-    def decode(self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor], open: Tensor | None = None):
-        return self.decoder(noisy, current, s, *z, open)
+    def decode(
+        self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor], exchange: Tensor | None = None
+    ):
+        """What `Decoder.forward` returns, for a latent action as `encode` gives it."""
+        return self.decoder(noisy, current, s, *z, exchange)
 
     def forward(
         self, video: Tensor, instructions: list[str], noisy: Tensor, current: Tensor, s: Tensor,
-        open: Tensor | None = None, zero: str = "",
+        exchange: Tensor | None = None, zero: str = "",
     ):  # fmt: skip
         """What `decode` returns. zero: "scene" or "motion" blanks that set of tokens, to see what it was good for."""
         z_sce, z_mot = self.encode(video, instructions)
         z = (z_sce * 0 if zero == "scene" else z_sce, z_mot * 0 if zero == "motion" else z_mot)
-        return self.decode(noisy, current, s, z, open)
+        return self.decode(noisy, current, s, z, exchange)
 
 
 class PixelCodec:
@@ -472,6 +481,15 @@ def load_codec(decoder: str, channels: int, process: Process) -> PixelCodec | De
     return codec
 
 
+def check(args: Args) -> None:
+    """Raises InputError for options out of range."""
+    common.check_training(args)
+    common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
+    common.at_least(args, lambda_a=0, hz=1e-3, pure_noise=0, cut_exchange=0)
+    if args.pure_noise > 1 or args.cut_exchange > 1:
+        raise InputError(f"--pure-noise {args.pure_noise:g}, --cut-exchange {args.cut_exchange:g}: shares end at 1")
+
+
 def build(args: Args, checkpoint: Path | None = None) -> LAM:
     """The model: from pretrained weights (with a printed report of what was loaded, is new or is left over), from
     random ones, or with the architecture of a checkpoint, to be filled.
@@ -495,9 +513,8 @@ def build(args: Args, checkpoint: Path | None = None) -> LAM:
 
 def assemble(args: Args, vlm: nn.Module, tokenizer: Any, sana: SanaTransformer2DModel) -> LAM:
     """The model from its two pretrained halves, on whatever device they are. Raises InputError as `build` does."""
-    if args.frames < 2 or args.motion_width % args.motion_heads:
-        raise InputError(f"--frames must be at least 2 ({args.frames}), and --motion-width ({args.motion_width}) a "
-                         f"multiple of --motion-heads ({args.motion_heads})")  # fmt: skip
+    if args.motion_width % args.motion_heads:
+        raise InputError(f"--motion-width {args.motion_width} is no multiple of --motion-heads {args.motion_heads}")
     encoder = Encoder(vlm, tokenizer, args.scene_tokens, args.motion_tokens, args.latent_dim)
     side = encoder.config.vision_config.image_size[0]
     if args.image_size != side:
@@ -530,22 +547,27 @@ def load_lam(path: str | Path) -> tuple[LAM, Args, dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def flow(x: Tensor, index: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def flow(x: Tensor, index: Tensor, seed: int, pure_noise: float) -> tuple[Tensor, Tensor, Tensor]:
     """A point on the straight line from data x (B, C, h, w) to noise: (x_s, s (B,), velocity), x_s and velocity of x's
-    shape. Noise and s belong to the sample, whoever computes it."""
+    shape. s = 1 for a share `pure_noise` of the samples. Noise and s belong to the sample, whoever computes it."""
     eps = common.noise(x.shape[1:], index, seed, x.device)
     u = torch.sigmoid(common.noise((), index, seed, x.device, purpose=1))  # logit-normal, as SANA was trained
     s = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
-    pure = torch.special.ndtr(common.noise((), index, seed, x.device, purpose=4)) < PURE_NOISE
+    pure = torch.special.ndtr(common.noise((), index, seed, x.device, purpose=4)) < pure_noise
     s = torch.where(pure, 1.0, s)
     at = s[:, None, None, None]
     return (1 - at) * x + at * eps, s, eps - x
 
 
-def exchange(index: Tensor, seed: int) -> Tensor:
+def draw_exchange(index: Tensor, seed: int, cut: float) -> Tensor:
     """Which directions of the exchange between the streams are open, (B, 2) of 0 and 1: scene to motion, motion to
-    scene. Each is cut for half of the samples (our choice)."""
-    return (common.noise((2,), index, seed, index.device, purpose=5) > 0).float()
+    scene. Each is cut for a share `cut` of the samples (our choice)."""
+    return (torch.special.ndtr(common.noise((2,), index, seed, index.device, purpose=5)) >= cut).float()
+
+
+def frame_weight(s: Tensor, args: Args) -> Tensor:
+    """What makes an error of the velocity one of L_frame, (B, 1, 1, 1): 1, or s where L_frame is the error of x."""
+    return (s if args.decoder in SANA_SIZES else torch.ones_like(s))[:, None, None, None]
 
 
 def action_terms(actions: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -576,6 +598,16 @@ def lam_loss(
     motion, gripper = action_terms(actions, batch["action"], batch["action_mask"]) / counts  # L_action is their sum
     parts |= {"motion": motion.detach(), "gripper": gripper.detach()}
     return frame + lambda_a * (motion + gripper), parts
+
+
+def micro_step(model: nn.Module, codec: Any, batch: dict, counts: Tensor, args: Args):
+    """The loss of a batch, to go backwards from, and its parts. counts (2,): see `lam_loss`."""
+    current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
+    noisy, s, velocity = flow(future, batch["index"], args.seed, args.pure_noise)
+    exchange = draw_exchange(batch["index"], args.seed, args.cut_exchange)
+    predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s, exchange)
+    weight = frame_weight(s, args)
+    return lam_loss(predicted * weight, velocity * weight, actions, batch, counts, args.lambda_a)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -665,9 +697,9 @@ def validate(model: LAM, codec, windows: Windows, mean: Tensor, args: Args, proc
         target, mask = batch["action"], batch["action_mask"]
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
-            noisy, s, velocity = flow(future, batch["index"], args.seed)
+            noisy, s, velocity = flow(future, batch["index"], args.seed, args.pure_noise)
             predicted, _ = model(batch["video"], batch["instruction"], noisy, current, s)
-            error = (predicted.float() - velocity).square().mean((1, 2, 3))
+            error = ((predicted.float() - velocity) * frame_weight(s, args)).square().mean((1, 2, 3))
             total[0] += (error * batch["counted"]).sum()
             total[4:] += health(model, codec, batch, current, future, args)
         total[1] += action_terms(mean.to(target).expand_as(target), target, mask)[0]
@@ -766,12 +798,7 @@ def train(args: Args, process: Process) -> None:
         totals: dict[str, Tensor] = {}
         for batch in batches:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
-                noisy, s, velocity = flow(future, batch["index"], args.seed)
-                open = exchange(batch["index"], args.seed)
-                predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s, open)
-                w = s[:, None, None, None] if model.decoder.corrects else 1  # the error of x, not of the velocity
-                loss, parts = lam_loss(predicted * w, velocity * w, actions, batch, counts, args.lambda_a)
+                loss, parts = micro_step(model, codec, batch, counts, args)
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
@@ -799,9 +826,7 @@ def count(module: nn.Module, trained: bool = False) -> float:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.check_training(args)
-    common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
-    common.at_least(args, lambda_a=0, hz=1e-3)
+    check(args)
     process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)

@@ -165,4 +165,6 @@ def stage_command(stage: str, world: Path, out: Path, *more: object) -> list[obj
         words += ["--frames", 3]
     if "--batch" not in more:
         words += ["--batch", 4]
-    return [*words, "--steps", 8, "--save-every", 4, *more]
+    if "--steps" not in more:
+        words += ["--steps", 8]
+    return [*words, "--save-every", 4, *more]

@@ -174,10 +174,8 @@ def arguments(world, **changes) -> evaluate.Args:
 
 def test_no_episode_is_both_fitted_and_scored(world):
     _, trained, _ = lam.load_lam(world / "lam")
-    episodes = [
-        set(evaluate.columns(evaluate.batches(lam.make_windows(trained, split), 60, 8, CPU, ""))["episode"].tolist())
-        for split in ("train", "val")
-    ]
+    drawn = lambda split: evaluate.batches(lam.make_windows(trained, split), 60, 8, CPU, "", set())
+    episodes = [set(evaluate.columns(drawn(split))["episode"].tolist()) for split in ("train", "val")]
     assert len(episodes[0]) == 6 and len(episodes[1]) == 2 and not episodes[0] & episodes[1]
 
 

@@ -43,14 +43,10 @@ def make_batch(samples: int = 2, frames: int = ARGS.frames, size: int = 64) -> d
     }  # fmt: skip
 
 
-def forward(model: lam.LAM, batch: dict, codec=None, seed: int = 0, counts: torch.Tensor | None = None):
-    """One training forward pass, as train() does it: (loss, parts)."""
-    codec = codec or CODEC
-    current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
-    noisy, s, velocity = lam.flow(future, batch["index"], seed)
-    predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s)
+def forward(model: lam.LAM, batch: dict, codec=None, seed: int = 0, counts: torch.Tensor | None = None, lambda_a=1.0):
+    """One training forward pass, train()'s own: (loss, parts)."""
     counts = lam.valid_counts(batch["action_mask"]).clamp(min=1) if counts is None else counts
-    return lam.lam_loss(predicted, velocity, actions, batch, counts, 1.0)
+    return lam.micro_step(model, codec or CODEC, batch, counts, replace(ARGS, seed=seed, lambda_a=lambda_a))
 
 
 def open_gates(model: lam.LAM) -> None:
@@ -91,6 +87,13 @@ def test_patched_decoder_equals_sana():
     assert torch.equal(decoder(x, x, s, z[:, :4], z)[0], expected)
 
 
+def right_padded(ids, kind, tokenizer):
+    """The mask (B, L) of what is not padding, as Hugging Face wants it."""
+    padding = (ids == tokenizer.pad_token_id) & (kind == 0)
+    assert (padding.int().diff(dim=1) >= 0).all()  # on the right
+    return (~padding).long()
+
+
 def test_encoder_equals_hugging_face():
     vlm, tokenizer = common.load_vlm("internvl-tiny")
     vlm.eval()
@@ -101,7 +104,8 @@ def test_encoder_equals_hugging_face():
     z_sce, z_mot = encoder(batch["video"], batch["instruction"])
     ours = seen[0]
     # Hugging Face's own path: everything by token ids, the queries as the embeddings of ten unused words.
-    ids, kind, mask = encoder.tokenize(batch["instruction"], 3)
+    ids, kind = encoder.tokenize(batch["instruction"], 3)
+    mask = right_padded(ids, kind, tokenizer)
     unused = [i for i in range(len(tokenizer)) if i not in set(ids.flatten().tolist())][:10]
     for row, at in zip(ids, kind, strict=True):
         row[at == 2] = torch.tensor(unused)
@@ -125,8 +129,8 @@ def test_template_is_the_papers():
     """Word for word (Sec. 6.2), with one image per frame and the latent positions where the paper names them."""
     vlm, tokenizer = common.load_vlm("internvl-tiny")
     encoder = lam.Encoder(vlm, tokenizer, 4, 6, 128)
-    ids, kind, mask = encoder.tokenize(["close the oven"], 3)
-    assert mask.all() and (kind == 1).sum() == 3 * encoder.config.image_seq_length and (kind == 2).sum() == 10
+    ids, kind = encoder.tokenize(["close the oven"], 3)
+    assert (kind == 1).sum() == 3 * encoder.config.image_seq_length and (kind == 2).sum() == 10
     assert (ids[kind == 1] == encoder.config.image_token_id).all()
     text = tokenizer.decode(ids[0][kind[0] == 0])
     assert text.startswith("<|im_start|>user\nFrame1: <img></img>\nFrame2: <img></img>\nFrame3: <img></img>\nGiven the")
@@ -154,7 +158,7 @@ def test_right_padding_changes_nothing():
 
 def test_flow_is_a_straight_line():
     x, index = torch.randn(64, 3, 4, 4), torch.arange(64)
-    noisy, s, velocity = lam.flow(x, index, 5)
+    noisy, s, velocity = lam.flow(x, index, 5, 0.5)
     at = s[:, None, None, None]
     eps = common.noise((3, 4, 4), index, 5, x.device)
     torch.testing.assert_close(noisy, x + at * velocity)  # from the data ...
@@ -162,7 +166,7 @@ def test_flow_is_a_straight_line():
     u = torch.sigmoid(common.noise((), index, 5, x.device, purpose=1))
     pure = s == 1  # where actions are read out
     torch.testing.assert_close(s[~pure], (3 * u / (1 + 2 * u))[~pure])
-    assert abs(pure.float().mean() - lam.PURE_NOISE) < 0.2
+    assert abs(pure.float().mean() - 0.5) < 0.2 and not (lam.flow(x, index, 5, 0.0)[1] == 1).any()
     assert 0 < s.min() < 0.5 < s[~pure].mean() < s[~pure].max() < 1
 
 
@@ -209,16 +213,20 @@ def test_nothing_valid_is_no_action_loss():
 
 
 def motion_gradient(model: lam.LAM, batch: dict, counts: torch.Tensor) -> torch.Tensor:
-    """The gradient of the whole loss in the motion stream."""
-    model.zero_grad()
-    forward(model, batch, counts=counts)[0].backward()
-    d = model.decoder
+    """The gradient of L_action in the motion stream: what the whole loss's loses without it."""
+    d, both = model.decoder, []
     own = [*d.motion.parameters(), d.queries, *d.noise_level.parameters(), *d.action_head.parameters()]
-    return torch.cat([p.grad.flatten() for p in own])
+    for lambda_a in (1.0, 0.0):
+        model.zero_grad()
+        forward(model, batch, counts=counts, lambda_a=lambda_a)[0].backward()
+        both.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in own]))
+    assert both[1].abs().max() > 1e-6  # L_frame reaches it too, through the exchange
+    return both[0] - both[1]
 
 
 def test_action_free_samples_and_masked_columns_leave_the_motion_stream_alone():
     model, batch = lam.build(ARGS).eval(), make_batch(2)
+    open_gates(model)
     batch["action_mask"][1] = False  # the second sample has no actions
     counts = lam.valid_counts(batch["action_mask"])
     gradient = motion_gradient(model, batch, counts)
@@ -228,6 +236,36 @@ def test_action_free_samples_and_masked_columns_leave_the_motion_stream_alone():
     batch["action"] = torch.where(batch["action_mask"], batch["action"], 1e6)  # masked targets may hold anything
     assert torch.equal(gradient, motion_gradient(model, batch, counts))
     assert batch["action_mask"][0, 0, MOTION].sum() == 6
+
+
+def test_options_out_of_range_are_named():
+    for wrong in (dict(frames=1), dict(pure_noise=1.5), dict(cut_exchange=-0.1), dict(lambda_a=-1), dict(hz=0)):
+        with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):
+            lam.check(replace(ARGS, **wrong))
+
+
+def test_a_micro_step_asks_for_the_future_and_shows_the_present():
+    """What reaches the model, and what it is compared with: V_t is the first frame, the target the last, the noise
+    level and the cuts are the sample's, and L_frame at random sizes is the error of x."""
+    batch, seen = make_batch(8, frames=3), {}
+
+    def model(video, instructions, noisy, current, s, exchange):
+        seen.update(noisy=noisy, current=current, s=s, exchange=exchange)
+        assert video is batch["video"] and instructions is batch["instruction"]
+        return torch.zeros_like(noisy), torch.zeros_like(batch["action"])
+
+    counts = torch.tensor([20.0, 4.0])
+    first, last = (CODEC.encode(batch["video"][:, i]) for i in (0, -1))
+    for args in (replace(ARGS, lambda_a=0.3, seed=3), replace(ARGS, lambda_a=0.3, seed=3, decoder="a/pretrained")):
+        loss, parts = lam.micro_step(model, CODEC, batch, counts, args)
+        eps = common.noise(last.shape[1:], batch["index"], 3, last.device)
+        at = seen["s"][:, None, None, None]
+        assert torch.equal(seen["current"], first) and seen["s"].unique().numel() > 2 and (seen["s"] == 1).any()
+        torch.testing.assert_close(seen["noisy"], (1 - at) * last + at * eps)
+        assert torch.equal(seen["exchange"], lam.draw_exchange(batch["index"], 3, args.cut_exchange))
+        weight = at if args.decoder == "sana-tiny" else 1
+        torch.testing.assert_close(parts["frame"], ((eps - last) * weight).square().mean())
+        torch.testing.assert_close(loss, parts["frame"] + 0.3 * (parts["motion"] + parts["gripper"]))
 
 
 # -- gradients and ablations -------------------------------------------------------------------------------------------
@@ -296,9 +334,10 @@ def test_a_cut_exchange_leaves_each_stream_to_its_own_tokens():
             for got, expected in zip(one_each, alone[i], strict=True):
                 torch.testing.assert_close(got[i], expected[i])
     index = torch.arange(2000)
-    drawn = lam.exchange(index, 0)
-    assert torch.equal(drawn[7:9], lam.exchange(index[7:9], 0)) and not torch.equal(drawn, lam.exchange(index, 1))
-    assert (drawn.mean(0) - 0.5).abs().max() < 0.05 and abs((drawn[:, 0] * drawn[:, 1]).mean() - 0.25) < 0.05
+    drawn = lam.draw_exchange(index, 0, 0.25)
+    assert torch.equal(drawn[7:9], lam.draw_exchange(index[7:9], 0, 0.25))
+    assert not torch.equal(drawn, lam.draw_exchange(index, 1, 0.25)) and lam.draw_exchange(index, 0, 0).all()
+    assert (drawn.mean(0) - 0.75).abs().max() < 0.05 and abs(drawn.prod(1).mean() - 0.75**2) < 0.05
 
 
 # -- sampling, codec, learning -----------------------------------------------------------------------------------------
@@ -470,7 +509,6 @@ def test_pretrained_folders(published):
         (dict(decoder="nothing"), "no SanaTransformer2DModel"),
         (dict(decoder="internvl"), "no SanaTransformer2DModel"),
         (dict(image_size=96), "--image-size 96.*64 pixels"),
-        (dict(frames=1), "--frames must be at least 2"),
         (dict(motion_heads=3), "--motion-heads"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
-from test_lam import ARGS, CPU, SMALL_DC, SMALL_SANA, make_batch
+from test_lam import ARGS, CPU, SMALL_DC, SMALL_SANA, make_batch, right_padded
 
 import common
 import lam
@@ -75,7 +75,8 @@ def test_starts_as_the_published_models(published):
     batch = make_batch()
     with torch.no_grad():
         model.encode(batch["video"], batch["instruction"])
-        ids, kind, mask = model.encoder.tokenize(batch["instruction"], batch["video"].shape[1])
+        ids, kind = model.encoder.tokenize(batch["instruction"], batch["video"].shape[1])
+        mask = right_padded(ids, kind, model.encoder.tokenizer)
         # Theirs takes words, not embeddings: the queries become the embeddings of words that do not occur.
         free = [i for i in range(len(model.encoder.tokenizer)) if i not in set(ids.flatten().tolist())][:10]
         vlm.get_input_embeddings().weight[free] = model.encoder.queries
@@ -198,3 +199,25 @@ def test_weights_of_another_architecture(published, tmp_path):
         lam.build(args_for(root))
     with pytest.raises(InputError, match="makes 32 channels, its transformer takes 16"):
         lam.load_codec(str(published / "sana"), 16, CPU)
+
+
+def test_the_full_size_path_learns(published):
+    """Velocities of deep latents, a frozen vision encoder and recomputed layers, as in the paper's run: eight futures
+    are told apart, and the vision encoder stays as it was published."""
+    args = replace(args_for(published), freeze_vision=True, checkpointing=True)
+    torch.manual_seed(0)
+    model, codec = lam.build(args).train(), lam.load_codec(args.decoder, 32, CPU)
+    batch = make_batch(8)
+    counts = lam.valid_counts(batch["action_mask"])
+    frozen = {n: p.clone() for n, p in model.encoder.vlm.vision_tower.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = []
+    for _ in range(20):
+        loss, parts = lam.micro_step(model, codec, batch, counts, args)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(parts)
+    for name in ("frame", "motion", "gripper"):
+        assert losses[-1][name] < 0.7 * losses[0][name], (name, losses[0][name], losses[-1][name])
+    assert all(torch.equal(p, frozen[n]) for n, p in model.encoder.vlm.vision_tower.named_parameters())

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_lam import ROOT, STAGES, environment, forked, metrics, refused, rewind, stage_command, start, weights
 
 import common
@@ -44,6 +45,31 @@ def test_run_folder(stage, world):
     meta = common.load_meta(found[-1])
     assert meta["stage"] == stage and meta["step"] == 8 and meta["args"]["batch"] == 4 and meta["commit"]
     assert any("q01" in s["action"] for s in meta["statistics"].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_optimizer_gets_what_the_command_line_says(stage, world, tmp_path):
+    """AdamW's options, the schedule's learning rate at every step, and gradients clipped to --clip."""
+    seen = tmp_path / "seen.jsonl"
+
+    def record():
+        class Recorder(torch.optim.AdamW):
+            def step(self, *args, **kwargs):
+                (group,) = self.param_groups
+                norm = torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None]).norm().item()
+                row = {"norm": norm, **{k: group[k] for k in ("lr", "betas", "weight_decay")}}
+                with seen.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                return super().step(*args, **kwargs)
+
+        torch.optim.AdamW = Recorder
+
+    options = ("--lr", 3e-3, "--min-lr", 1e-3, "--betas", 0.7, 0.8, "--weight-decay", 0.05, "--clip", 0.01)
+    forked(*stage_command(stage, world, tmp_path / "run", "--steps", 4, *options), before=record)
+    rows = [json.loads(line) for line in seen.read_text().splitlines()]
+    assert [r["lr"] for r in rows] == [common.learning_rate(i, 4, 3e-3, 1e-3, 2) for i in range(4)]
+    assert all(r["betas"] == [0.7, 0.8] and r["weight_decay"] == 0.05 for r in rows)
+    assert all(abs(r["norm"] - 0.01) < 1e-4 for r in rows)  # these first gradients are all larger
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------
