@@ -35,8 +35,10 @@ Where we depart from the paper, or fill in what it does not say:
     Eq. 5 has it, and inference never has to write text.
  4. L_r is trained on the text of the present phase where a data set has it, on the instruction elsewhere, and averaged
     over all tokens of the global batch.
- 5. The student starts from PaliGemma, which pi0.5's VLM is a further training of; at --tiny and --small from random
-    weights.
+ 5. The student starts from pi0.5's VLM (Sec. 6.2) as lerobot publishes it, which brings no tokenizer: PaliGemma's goes
+    with it (see common.load_pi05). google/paligemma-3b-pt-224, from which pi0.5 was trained, can take its place. The
+    prompt is PaliGemma's: pi0.5's own also spells out the robot's state, which this stage does not have. At --tiny and
+    --small the student starts from random weights.
  6. 130,000 steps at a batch of 256: our reckoning of 7 days of 16 A100s.
 """
 
@@ -76,8 +78,9 @@ class Args:
     """Run folder: log and checkpoints."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, bit for bit."""
-    student: str = "google/paligemma-3b-pt-224"
-    """PaliGemma: folder or hub name, or paligemma-tiny / paligemma-small from random weights. (Sec. 4.1)"""
+    student: str = "lerobot/pi05_base"
+    """pi0.5, whose VLM is taken, or PaliGemma: folder or hub name; or paligemma-tiny / paligemma-small from random
+    weights. (Sec. 4.1, 6.2)"""
     lambda_r: float = 0.5
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
     batch: int = 8
@@ -272,12 +275,16 @@ def last_token(valid: Tensor) -> Tensor:
 
 
 def build(args: Args, tokens: tuple[int, int], latent_dim: int, checkpoint: Path | None = None) -> Student:
-    """The student: from pretrained or random weights, or with the architecture of a checkpoint, to be filled.
+    """The student: from pretrained weights (with a printed report of what was loaded, is new, or is left over: of pi0.5
+    the action expert and the flow-matching heads), from random ones, or as a checkpoint describes it, to be filled.
 
-    Raises InputError where --student names no PaliGemma."""
+    Raises InputError where --student names neither pi0.5 nor PaliGemma."""
     config = common.load_meta(checkpoint)["student_config"] if checkpoint else None
     vlm, tokenizer = common.load_vlm(args.student, config, checkpoint)
     student = Student(vlm, tokenizer, tokens, latent_dim)
+    if not checkpoint and args.student not in common.VLM_SIZES:
+        there = [*vlm.named_parameters(), *getattr(vlm, "left_over", {}).items()]
+        common.report_loading(student, {args.student: there})
     if args.checkpointing:
         student.vlm.activation_checkpointing_enable()
     return student
