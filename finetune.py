@@ -107,6 +107,8 @@ class Args:
     """AdamW's weight decay. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
+    cpu_bf16: bool = False
+    """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
     val_every: int = 20
     """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
@@ -134,8 +136,8 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
-    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, val_every=0, save_every=500, log_every=20, workers=0,
-    preload=True,
+    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, val_every=0, save_every=500, log_every=20,
+    workers=0, preload=True,
 )  # fmt: skip
 
 
@@ -197,8 +199,9 @@ class VLA(nn.Module):
             raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
         text = student.config.text_config
         self.student, self.cameras = student, cameras
-        # Recomputed layers would return no keys and values (transformers turns the cache off).
-        student.vlm.language_model.activation_checkpointing_disable()
+        # Distillation may have recomputed activations: such layers would return no keys and values (transformers turns
+        # the cache off), and this stage fits without.
+        student.vlm.activation_checkpointing_disable()
         same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
         config = GemmaConfig(
             **EXPERT_SIZES[expert], **{k: getattr(text, k) for k in same}, vocab_size=1, pad_token_id=0,
@@ -548,7 +551,7 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
-    process = common.setup(args.seed, args.replicas)
+    process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)
 
