@@ -23,8 +23,8 @@ args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `lo
 
 Where we depart from the paper, or fill in what it does not say:
  1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's
-    losses are a squared error and a cross-entropy, which need no noise. Where pi0.5's weights are given, it
-    starts as theirs at the first of these steps (see `pi05_expert`), else from random ones.
+    losses are a squared error and a cross-entropy, which need no noise. Where pi0.5's weights are given, it starts as
+    theirs at the first of these steps (see `pi05_expert`), else from random ones.
  2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
     before the policy looks again.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
