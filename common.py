@@ -701,7 +701,7 @@ def pi05_tensors(source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def load_pi05(source: str):
-    """pi0.5's VLM and its tokenizer, from a local folder or hub name in lerobot's layout (lerobot/pi05_base: 812 tensors,
+    """pi0.5's VLM and its tokenizer, from a folder or hub name in lerobot's layout (lerobot/pi05_base: 812 tensors,
     3,616,757,520 parameters). `model.left_over` holds what is not the VLM's: {name: tensor}.
 
     lerobot ships no tokenizer with it: PaliGemma's is looked for in the folder, then on the hub (or in its cache).
