@@ -531,14 +531,32 @@ VLM_SIZES: dict[str, dict[str, Any]] = {
 # Pixel statistics each family was pretrained with.
 PIXELS = {"internvl": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "paligemma": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 
+# pi0.5 as lerobot publishes it (lerobot/pi05_base): PaliGemma, whose tokenizer goes with it, and an action expert.
+PI05 = vlm_size(vision=(1152, 27, 16, 4304, 224, 14), text=(2048, 18, 8, 1, 16384))
+PI05["text"] |= {"head_dim": 256, "vocab_size": 257152, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+PI05["expert"] = {"hidden_size": 1024, "intermediate_size": 4096, "action_dim": 32}
+PI05_TOKENIZER = "google/paligemma-3b-pt-224"
+PI05_PART = "paligemma_with_expert."  # what the names of both halves begin with, after an optional "model."
+
+
+def paligemma_config(vision: dict[str, Any], text: dict[str, Any], image_token: int):
+    """PaliGemma's configuration from those of its halves, as in VLM_SIZES; `text` names the vocabulary, too."""
+    import transformers as tf
+
+    return tf.PaliGemmaConfig(
+        vision_config=vision | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        text_config=text | {"model_type": "gemma"}, image_token_index=image_token,
+        vocab_size=text["vocab_size"], projection_dim=text["hidden_size"], hidden_size=text["hidden_size"],
+    )  # fmt: skip
+
 
 def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None = None):
     """A vision-language model and its tokenizer: `(model, tokenizer)`.
 
     source: a size of VLM_SIZES ("internvl-tiny": random weights, our tokenizer), or a local folder or hub name in
-    Hugging Face's layout (InternVL or PaliGemma, pretrained weights in one safetensors file or in shards). With
-    `config` and `tokenizer_dir`, both from a checkpoint of ours, the same architecture is built without weights, to be
-    filled by the caller.
+    Hugging Face's layout (InternVL or PaliGemma, pretrained weights in one safetensors file or in shards), or in
+    lerobot's of pi0.5 (see `load_pi05`). With `config` and `tokenizer_dir`, both from a checkpoint of ours, the same
+    architecture is built without weights, to be filled by the caller.
 
     Raises InputError when the source is neither, of another family, damaged, or not a perfect fit."""
     import transformers as tf
@@ -568,11 +586,7 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
                 image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2 // 4,
             )  # fmt: skip
         else:
-            made = tf.PaliGemmaConfig(
-                vision_config=vision | {"model_type": "siglip_vision_model", "vision_use_head": False},
-                text_config=text | {"model_type": "gemma"}, image_token_index=ids("<image>"),
-                vocab_size=len(tokenizer), projection_dim=text["hidden_size"], hidden_size=text["hidden_size"],
-            )  # fmt: skip
+            made = paligemma_config(vision, text, ids("<image>"))
         model = classes[family]._from_config(made, dtype=torch.float32)
         if family == "internvl":
             # The class leaves position embeddings at zero for pretrained weights to fill: trained from there, the
@@ -580,9 +594,11 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
             torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.2)
         return model, tokenizer
     try:
+        if is_pi05(source):
+            return load_pi05(source)
         family = tf.AutoConfig.from_pretrained(source).model_type
         if family not in classes:
-            raise InputError(f"{source} is a {family!r} model; this stage needs one of {sorted(classes)}")
+            raise InputError(f"{source} is a {family!r} model; this stage needs one of {sorted([*classes, 'pi05'])}")
         options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         model, report = classes[family].from_pretrained(source, **options)
         check_loading(report, source)
@@ -626,21 +642,99 @@ def published_tensors(source: str, subfolder: str, name: str = "diffusion_pytorc
     diffusers' own loader believes the index: a tensor that a shard lacks would stay random."""
     from huggingface_hub import snapshot_download
 
-    folder = Path(source)
+    folder, stem = Path(source), (Path(subfolder) / name).as_posix()
     if not folder.is_dir():
-        wanted = [f"{subfolder}/{name}{end}" for end in (".safetensors", ".safetensors.index.json", "-*.safetensors")]
+        wanted = [stem + end for end in (".safetensors", ".safetensors.index.json", "-*.safetensors")]
         folder = Path(snapshot_download(source, allow_patterns=wanted))
-    folder = folder / subfolder
-    index = folder / f"{name}.safetensors.index.json"
+    index = folder / f"{stem}.safetensors.index.json"
     files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {f"{name}.safetensors"}
-    return {k: v for file in sorted(files) for k, v in load_file(folder / file).items()}
+    return {k: v for file in sorted(files) for k, v in load_file(folder / subfolder / file).items()}
 
 
-def report_loading(model: nn.Module, sources: dict[str, nn.Module]) -> str:
+def is_pi05(source: str) -> bool:
+    """Whether a folder or hub name holds pi0.5 as lerobot writes it. Raises OSError where it has no config.json."""
+    from transformers.utils import cached_file
+
+    return json.loads(Path(cached_file(source, "config.json")).read_text()).get("type") == "pi05"
+
+
+def pi05_rest() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of pi0.5 that are not its VLM's.
+
+    The action expert is a Gemma without words, but with the head that its class has (nothing reads it). Its norms are
+    adaptive: `dense` maps an embedding of the flow's time to a scale, a shift and a gate. The flow-matching heads map
+    actions in and out (action_*_proj), and embed the time (time_mlp_*)."""
+    text, (w, m, a) = PI05["text"], (PI05["expert"][k] for k in ("hidden_size", "intermediate_size", "action_dim"))
+    q, kv = (text[f"num_{k}_heads"] * text["head_dim"] for k in ("attention", "key_value"))
+    linear = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
+    shapes = linear("action_in_proj", w, a) | linear("action_out_proj", a, w)
+    shapes |= linear("time_mlp_in", w, w) | linear("time_mlp_out", w, w)
+    expert = f"{PI05_PART}gemma_expert"
+    shapes |= {f"{expert}.lm_head.weight": (text["vocab_size"], w)} | linear(f"{expert}.model.norm.dense", 3 * w, w)
+    for i in range(text["num_hidden_layers"]):
+        layer = f"{expert}.model.layers.{i}"
+        inner = {"self_attn.q": (q, w), "self_attn.k": (kv, w), "self_attn.v": (kv, w), "self_attn.o": (w, q),
+                 "mlp.gate": (m, w), "mlp.up": (m, w), "mlp.down": (w, m)}  # fmt: skip
+        shapes |= {f"{layer}.{k}_proj.weight": shape for k, shape in inner.items()}
+        shapes |= linear(f"{layer}.input_layernorm.dense", 3 * w, w)
+        shapes |= linear(f"{layer}.post_attention_layernorm.dense", 3 * w, w)
+    return shapes
+
+
+def pi05_tensors(source: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of pi0.5: its VLM's, as PaliGemmaForConditionalGeneration calls them, and those of `pi05_rest`.
+
+    The published file has no embedding: the language head is the same matrix. Raises InputError naming every tensor of
+    the rest that is absent, unknown or of another shape (the VLM's are checked where they are loaded), and where
+    embedding and head are two different matrices."""
+    tensors = {k.removeprefix("model."): v for k, v in published_tensors(source, "", "model").items()}
+    prefix = f"{PI05_PART}paligemma."
+    vlm = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+    words, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+    if words in vlm and head in vlm and not torch.equal(vlm[words], vlm[head]):
+        raise InputError(f"{source}: {prefix}{words} and {prefix}{head} differ, where pi0.5 has one matrix for both")
+    expected, there = pi05_rest(), {k: tuple(v.shape) for k, v in tensors.items()}
+    both = expected.keys() & there.keys()
+    missing, extra = sorted(expected.keys() - there.keys()), sorted(there.keys() - expected.keys())
+    _check_fit(source, missing, extra, {k: (there[k], expected[k]) for k in sorted(both) if there[k] != expected[k]})
+    return vlm, tensors
+
+
+def load_pi05(source: str):
+    """pi0.5's VLM and its tokenizer, from a folder or hub name in lerobot's layout (lerobot/pi05_base: 812 tensors,
+    3,616,757,520 parameters). `model.left_over` holds what is not the VLM's: {name: tensor}.
+
+    lerobot ships no tokenizer with it: PaliGemma's is looked for in the folder, then on the hub (or in its cache).
+    Raises InputError naming tensors that are absent, too many or of another shape, and where there is no tokenizer."""
+    import transformers as tf
+
+    vlm, rest = pi05_tensors(source)
+    config = paligemma_config(PI05["vision"], PI05["text"], image_token=PI05["text"]["vocab_size"])
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = tf.PaliGemmaForConditionalGeneration.from_pretrained(None, config=config, state_dict=vlm, **options)
+    check_loading(report, source)
+    model.left_over = rest
+    beside = (Path(source) / "tokenizer.json").exists()
+    try:  # not AutoTokenizer: it wants a config.json of transformers' beside
+        tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(source if beside else PI05_TOKENIZER)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"{source} comes without a tokenizer, and that of {PI05_TOKENIZER} cannot be read "
+            f"({str(error).splitlines()[0]}): accept the licence there, `hf auth login`, then `hf download "
+            f"{PI05_TOKENIZER} tokenizer.json tokenizer_config.json`, or put these two beside the weights"
+        ) from None
+    ids = {k: getattr(tokenizer, f"{k}_token_id") for k in ("pad", "bos", "eos")}
+    if ids != (expected := {k: PI05["text"][f"{k}_token_id"] for k in ids}):
+        raise InputError(f"the tokenizer in {source} has the special tokens {ids}, pi0.5's {expected}: remove its "
+                         f"files, or put those of {PI05_TOKENIZER} there")  # fmt: skip
+    return model, tokenizer
+
+
+def report_loading(model: nn.Module, sources: dict[str, nn.Module | list[tuple[str, Tensor]]]) -> str:
     """What of each pretrained source is in `model`, what of it is left over, and what in `model` is new (random, or
     zero by design): number of tensors, parameters, and the names. Several ranks print it once.
 
-    sources: {where it came from: the model as it was loaded, whose parameters `model` took over}"""
+    sources: {where it came from: what was there, as a model or as named tensors, of which `model` took over some}"""
 
     def tell(named: list[tuple[str, Tensor]]) -> str:
         groups = list(dict.fromkeys(".".join(name.split(".")[:2]) for name, _ in named))  # encoder.head, not its parts
@@ -649,7 +743,7 @@ def report_loading(model: nn.Module, sources: dict[str, nn.Module]) -> str:
 
     own, known, lines = {id(p) for p in model.parameters()}, set(), []
     for source, loaded in sources.items():
-        named = list(loaded.named_parameters())  # a tied tensor once
+        named = list(loaded.named_parameters() if isinstance(loaded, nn.Module) else loaded)  # a tied tensor once
         taken, left = [x for x in named if id(x[1]) in own], [x for x in named if id(x[1]) not in own]
         known |= {id(p) for _, p in named}
         size = f"{len(taken)} tensors, {sum(p.numel() for _, p in taken) / 1e6:.1f} M parameters"

@@ -35,11 +35,15 @@ Where we depart from the paper, or fill in what it does not say:
     Eq. 5 has it, and inference never has to write text.
  4. L_r is trained on the text of the present phase where a data set has it, on the instruction elsewhere, and averaged
     over all tokens of the global batch.
- 5. The student starts from PaliGemma, which pi0.5's VLM is a further training of; at --tiny and --small from random
-    weights.
- 6. 130,000 steps at a batch of 256: our reckoning of 7 days of 16 A100s.
+ 5. The student starts from pi0.5's VLM (Sec. 6.2) as lerobot publishes it, which brings no tokenizer: PaliGemma's goes
+    with it (see common.load_pi05). google/paligemma-3b-pt-224, from which pi0.5 was trained, can take its place. The
+    prompt is PaliGemma's: pi0.5's own also spells out the robot's state, which this stage does not have. At --tiny and
+    --small the student starts from random weights.
+ 6. 138,000 steps at a batch of 256: 7 days of 16 A100s by `python -m benchmarks.plan distill`, 4.4 s a step at 40 % of
+    their peak. 84 % of the arithmetic is the teacher's, which looks at 16 frames.
 """
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -76,16 +80,17 @@ class Args:
     """Run folder: log and checkpoints."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, bit for bit."""
-    student: str = "google/paligemma-3b-pt-224"
-    """PaliGemma: folder or hub name, or paligemma-tiny / paligemma-small from random weights. (Sec. 4.1)"""
+    student: str = "lerobot/pi05_base"
+    """pi0.5, whose VLM is taken, or PaliGemma: folder or hub name; or paligemma-tiny / paligemma-small from random
+    weights. (Sec. 4.1, 6.2)"""
     lambda_r: float = 0.5
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
     batch: int = 8
     """Windows per GPU and micro-step. (Sec. 6.3)"""
     accumulate: int = 2
     """Micro-steps per optimizer step: 8 x 2 x 16 GPUs = 256. (Sec. 6.3)"""
-    steps: int = 130_000
-    """Optimizer steps. (our choice: about 7 days of 16 A100s)"""
+    steps: int = 138_000
+    """Optimizer steps. (our choice: 7 days of 16 A100s)"""
     lr: float = 1e-4
     """Peak learning rate. (Sec. 6.3)"""
     min_lr: float = 2.5e-6
@@ -98,6 +103,8 @@ class Args:
     """AdamW's weight decay. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
+    cpu_bf16: bool = False
+    """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
     checkpointing: bool = True
     """Recompute activations in the backward pass. (our choice)"""
     val_every: int = 20
@@ -127,8 +134,8 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/five_tasks",), lam="runs/small/lam", out="runs/small/distill", student="paligemma-small", batch=16,
-    accumulate=1, steps=2000, lr=5e-4, min_lr=1e-5, warmup=100, checkpointing=False, val_every=10, val_samples=128,
-    save_every=200, log_every=20, workers=0, preload=True,
+    accumulate=1, steps=2000, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, checkpointing=False, val_every=10,
+    val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 
@@ -213,11 +220,17 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None):
         """images uint8 (B, K, 3, H, H) -> Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that
-        predict their tokens, and the tokens themselves (B, S), -100 where there is none.  (Eq. 3)"""
+        predict their tokens, and the tokens themselves (B, S), -100 where there is none.  (Eq. 3)
+
+        Raises InputError for texts that do not fit into the model's context."""
         embeds, group, valid, positions = self.prefix(images, instructions)
         n, before = len(self.queries), embeds.shape[1]
         if subtasks is not None:
             ids, written = self.ids(subtasks, end=self.tokenizer.eos_token)  # (B, S)
+            if before + ids.shape[1] - 1 > (limit := self.config.text_config.max_position_embeddings):
+                longest = max(subtasks, key=len)
+                raise InputError(f"a subtask text of {len(longest)} letters makes {ids.shape[1]} tokens, what stands "
+                                 f"before it {before}: the model takes {limit} in all; shorten {longest[:60]!r}...")
             text = self.vlm.get_input_embeddings()(ids[:, :-1]).to(embeds.dtype)
             embeds = torch.cat([embeds, text], 1)
             group = torch.cat([group, torch.full((text.shape[1],), SUBTASK, device=group.device)])
@@ -272,13 +285,23 @@ def last_token(valid: Tensor) -> Tensor:
 
 
 def build(args: Args, tokens: tuple[int, int], latent_dim: int, checkpoint: Path | None = None) -> Student:
-    """The student: from pretrained or random weights, or with the architecture of a checkpoint, to be filled.
+    """The student: from pretrained weights (with a printed report of what was loaded, is new, or is left over: of pi0.5
+    the action expert and the flow-matching heads), from random ones, or as a checkpoint describes it, to be filled.
 
-    Raises InputError where --student names no PaliGemma."""
+    Raises InputError where --student names neither pi0.5 nor PaliGemma."""
     config = common.load_meta(checkpoint)["student_config"] if checkpoint else None
     vlm, tokenizer = common.load_vlm(args.student, config, checkpoint)
+    student = assemble(vlm, tokenizer, tokens, latent_dim, args.checkpointing)
+    if not checkpoint and args.student not in common.VLM_SIZES:
+        there = [*vlm.named_parameters(), *getattr(vlm, "left_over", {}).items()]
+        common.report_loading(student, {args.student: there})
+    return student
+
+
+def assemble(vlm: nn.Module, tokenizer: Any, tokens: tuple[int, int], latent_dim: int, checkpointing: bool) -> Student:
+    """The student around a VLM, on whatever device that is. Raises InputError as `Student` does."""
     student = Student(vlm, tokenizer, tokens, latent_dim)
-    if args.checkpointing:
+    if checkpointing:  # of both halves, as both are trained
         student.vlm.activation_checkpointing_enable()
     return student
 
@@ -335,7 +358,7 @@ def validate(student: Student, teacher: LAM, windows: Windows, args: Args, proce
     for batch in held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
-            hat, logits, words = student(batch["first"], batch["instruction"], batch["subtask"])
+            hat, logits, words = student(batch["first"], batch["instruction"], phases(batch))
         words = words.masked_fill(~batch["counted"][:, None], -100)
         nll = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum")
         text += torch.stack([nll, (words >= 0).sum()])
@@ -369,6 +392,36 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
                    args.val_every, preload=args.preload)  # fmt: skip
 
 
+def check_texts(student: Student, windows: Windows) -> None:
+    """Raises InputError for an instruction that is empty, and for texts that are too long together: rather said now
+    than in a week."""
+    for reader in windows.readers:
+        if empty := [i for i, task in enumerate(reader.tasks) if not task.strip()]:
+            raise InputError(f"{reader.source}: instruction {empty[0]} of its {len(reader.tasks)} is empty, and the "
+                             f"student foresees by instruction: write one into its meta/tasks")  # fmt: skip
+    longest = max((text for r in windows.readers for text in (*r.tasks, *r.subtasks)), key=len, default="")
+    size = student.image_size
+    blank = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8, device=student.queries.device)
+    with torch.no_grad():
+        student(blank, [windows.longest_instruction()], [longest])
+
+
+def phases(batch: dict[str, Any]) -> list[str]:
+    """The texts that L_r is trained on: the subtask, or the instruction where a data set leaves it empty."""
+    return [s if s.strip() else i for s, i in zip(batch["subtask"], batch["instruction"], strict=True)]
+
+
+def check_teacher(taught: dict[str, dict], windows: Windows, lam: str) -> list[str]:
+    """The data sets that the teacher has never seen. `taught`: the statistics that it learned with, by data set.
+
+    Raises InputError where a data set has other statistics now: it is not what the teacher saw."""
+    now = json.loads(json.dumps(windows.statistics()))  # as they are in a file
+    if changed := [source for source in now if source in taught and taught[source] != now[source]]:
+        raise InputError(f"the data at {changed} have other statistics than when the teacher at {lam} learned from "
+                         f"them: put back the data that it saw, or train it again with `python lam.py`")  # fmt: skip
+    return [source for source in now if source not in taught]
+
+
 def shard(student: Student, teacher: LAM, process: Process) -> None:
     """FSDP2 or HSDP for both: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
@@ -391,8 +444,8 @@ def shard(student: Student, teacher: LAM, process: Process) -> None:
 
 
 def train(args: Args, process: Process) -> None:
-    teacher, teacher_args, taught = load_lam(args.lam)
-    taught = {k: taught[k] for k in ("step", "time", "commit")}
+    teacher, teacher_args, teacher_meta = load_lam(args.lam)
+    taught = {k: teacher_meta[k] for k in ("step", "time", "commit")}
     run, kept = common.open_run(args.out, args, process, args.resume)
     teacher.decoder = None  # the larger part, and nothing here reads it
     teacher = teacher.to(process.device).eval().requires_grad_(False)
@@ -400,9 +453,8 @@ def train(args: Args, process: Process) -> None:
     student = build(args, tokens, latent_dim, kept).to(process.device).train()
     windows = make_windows(args, teacher_args, student.image_size, "train")
     held_out = make_windows(args, teacher_args, student.image_size, "val") if args.val_every else windows
-    blank = torch.zeros(1, 1, 3, student.image_size, student.image_size, dtype=torch.uint8, device=process.device)
-    with torch.no_grad():  # too long an instruction: rather said now than in a week
-        student.prefix(blank, [windows.longest_instruction()])
+    check_texts(student, windows)
+    unseen = check_teacher(teacher_meta["statistics"], windows, args.lam)
     start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
         then = common.load_meta(kept)
@@ -422,7 +474,8 @@ def train(args: Args, process: Process) -> None:
     if process.main:
         print(mixture.summary(args.data, windows))
         print(f"inherited from {args.lam}, step {taught['step']} of {teacher_args.steps}: {tokens[0]} + {tokens[1]} "
-              f"tokens of width {latent_dim}, {teacher_args.frames} frames at {teacher_args.hz:g} Hz")  # fmt: skip
+              f"tokens of width {latent_dim}, {teacher_args.frames} frames at {teacher_args.hz:g} Hz"
+              + (f"; it has not seen {unseen}" if unseen else ""))  # fmt: skip
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(student, teacher, process)
@@ -443,14 +496,14 @@ def train(args: Args, process: Process) -> None:
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
         # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
-        words = sum(tokenized(tokenizer, b["subtask"]) for b in batches)
+        words = sum(tokenized(tokenizer, phases(b)) for b in batches)
         n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
         totals: dict[str, Tensor] = {}
         for batch in batches:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 with torch.no_grad():
                     z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
-                hat, logits, target = student(batch["first"], batch["instruction"], batch["subtask"])
+                hat, logits, target = student(batch["first"], batch["instruction"], phases(batch))
                 loss, parts = distill_loss(hat, z, logits, target, n_words / args.accumulate, args.lambda_r)
             (loss / args.accumulate).backward()
             for k, v in parts.items():
@@ -470,7 +523,7 @@ def train(args: Args, process: Process) -> None:
     if process.main and process.world == 1:
         batch = to_device(collate([held_out[i] for i in range(4)]), process.device)
         student.eval()
-        for written, true in zip(student.describe(batch["first"], batch["instruction"]), batch["subtask"], strict=True):
+        for written, true in zip(student.describe(batch["first"], batch["instruction"]), phases(batch), strict=True):
             print(f"subtask written: {written!r}   true: {true!r}")
     if process.main:
         print(f"done: {run}")
@@ -486,7 +539,7 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.check_training(args)
     common.at_least(args, lambda_r=0)
-    process = common.setup(args.seed, args.replicas)
+    process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)
 

@@ -17,13 +17,14 @@ layer by layer, reads the student's keys and values, and writes the next H actio
     python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
     torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
 
-Reads one LeRobot data set (--data) and a student (--init): a distilled one from stage 2, PaliGemma weights (the
-baseline of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/: args.json,
-metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
+Reads one LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
+(the baselines of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/:
+args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's
-    losses are a squared error and a cross-entropy, which need no noise.
+    losses are a squared error and a cross-entropy, which need no noise. Where pi0.5's weights are given, it starts as
+    theirs at the first of these steps (see `pi05_expert`), else from random ones.
  2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
     before the policy looks again.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
@@ -32,6 +33,7 @@ Where we depart from the paper, or fill in what it does not say:
     the keys and values.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -67,14 +69,15 @@ class Args:
     episodes: int = 0
     """Use only the first so many episodes; 0 for all. (Table 4: 10, 50, all)"""
     init: str = "runs/paper/distill"
-    """The student: a run of distill.py; PaliGemma (folder or hub name) for the baseline; paligemma-small or
-    paligemma-tiny for random weights. (Sec. 3.3)"""
+    """The student: a run of distill.py; lerobot/pi05_base, with its expert, or PaliGemma (folder or hub name) for the
+    baselines; paligemma-small or paligemma-tiny for random weights. (Sec. 3.3)"""
     out: str = "runs/paper/finetune"
     """Run folder: log and checkpoints."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     expert: str = "300m"
-    """Size of the action expert: 300m, small or tiny. (pi0.5's)"""
+    """The action expert: 300m, small or tiny from random weights; or pi0.5 (folder or hub name), to start from its own
+    beside whatever student. (pi0.5's)"""
     cameras: tuple[str, ...] = ("primary", "wrist")
     """The views that the policy gets, one to three. (Fig. 3: multi-view)"""
     chunk: int = 16
@@ -105,6 +108,8 @@ class Args:
     """AdamW's weight decay. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
+    cpu_bf16: bool = False
+    """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
     val_every: int = 20
     """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
@@ -132,14 +137,54 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
-    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, val_every=0, save_every=500, log_every=20, workers=0,
-    preload=True,
+    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, val_every=0, save_every=500, log_every=20,
+    workers=0, preload=True,
 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Model
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class ShiftedNorm(nn.Module):
+    """Gemma's norm with a shift: (B, L, width) -> x / rms(x) * (1 + weight) + bias. Starts without either."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps, self.weight, self.bias = eps, nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return (y * (1 + self.weight.float()) + self.bias.float()).type_as(x)
+
+
+def pi05_expert(tensors: dict[str, Tensor], time: float = 1.0) -> dict[str, Tensor]:
+    """pi0.5's action expert at one moment of its flow, as the weights of `VLA.expert`, by name.
+
+    Attention and MLP have the shapes of ours. The norms have not: pi0.5's scale and shift what they normalise and gate
+    what their branch adds, x + gate * branch(x / rms(x) * (1 + scale) + shift), all three a function of the flow's
+    time. Ours answers in one pass, without a time. At time = 1, the first denoising step, when the expert knows nothing
+    of the actions but noise, the three are constant vectors: scale and shift become the norm's, the gate goes into the
+    branch's last matrix, and nothing of the function is lost (our choice).
+
+    tensors: those of `common.pi05_rest`. All are used but the language head, action_in_proj and action_out_proj."""
+    get = lambda name: tensors[name].float()
+    linear = lambda name, x: F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
+    width = len(tensors["time_mlp_in.bias"])
+    angle = 2 * math.pi * time / (4e-3 * 1000 ** torch.linspace(0, 1, width // 2, dtype=torch.float64))  # 4 ms to 4 s
+    embedded = torch.cat([angle.sin(), angle.cos()]).float()
+    when = F.silu(linear("time_mlp_out", F.silu(linear("time_mlp_in", embedded))))
+    expert = f"{common.PI05_PART}gemma_expert.model."
+    out = {k.removeprefix(expert): get(k) for k in tensors if k.startswith(expert) and ".dense." not in k}
+    for norm in (k.removesuffix(".dense.weight") for k in tensors if k.endswith(".dense.weight")):
+        name = norm.removeprefix(expert)
+        out[f"{name}.weight"], out[f"{name}.bias"], gate = linear(f"{norm}.dense", when).chunk(3)
+        layer, _, kind = name.rpartition(".")
+        if layer:  # nothing is added after the last norm
+            last = f"{layer}.{'self_attn.o' if kind == 'input_layernorm' else 'mlp.down'}_proj.weight"
+            out[last] = out[last] * gate[:, None]
+    return out
 
 
 class VLA(nn.Module):
@@ -155,8 +200,9 @@ class VLA(nn.Module):
             raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
         text = student.config.text_config
         self.student, self.cameras = student, cameras
-        # Recomputed layers would return no keys and values (transformers turns the cache off).
-        student.vlm.language_model.activation_checkpointing_disable()
+        # Distillation may have recomputed activations: such layers would return no keys and values (transformers turns
+        # the cache off), and this stage fits without.
+        student.vlm.activation_checkpointing_disable()
         same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
         config = GemmaConfig(
             **EXPERT_SIZES[expert], **{k: getattr(text, k) for k in same}, vocab_size=1, pad_token_id=0,
@@ -164,6 +210,10 @@ class VLA(nn.Module):
         )  # fmt: skip
         self.expert = GemmaModel._from_config(config, dtype=torch.float32)
         self.expert.embed_tokens = None  # it reads no words
+        if expert == "300m":  # pi0.5's norms shift, too
+            for name, norm in list(self.expert.named_modules()):
+                if name.endswith("norm"):
+                    self.expert.set_submodule(name, ShiftedNorm(config.hidden_size, norm.eps))
         width = config.hidden_size
         self.state_in = nn.Linear(len(STATE_NAMES), width)
         self.queries = nn.Parameter(torch.randn(chunk, width) * 0.02 * width**0.5)
@@ -201,17 +251,52 @@ class VLA(nn.Module):
 def build(args: Args, checkpoint: Path | None = None) -> VLA:
     """The model: around the student that --init names, or with the architecture of a checkpoint, to be filled.
 
-    Raises InputError where --init names no student and no PaliGemma, and for an unknown --expert."""
+    What was loaded from published weights, is new or left over is printed: of pi0.5 its expert's head, which nothing
+    reads, and the flow-matching heads action_in_proj and action_out_proj (its time_mlp_* are spent, see `pi05_expert`).
+
+    Raises InputError where --init names no student, no pi0.5 and no PaliGemma, and for an unknown --expert."""
+    size, rest = (args.expert if args.expert in EXPERT_SIZES else "300m"), {}
     if checkpoint:
         meta = common.load_meta(checkpoint)
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
-    elif args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
+        return VLA(student, size, args.chunk, len(args.cameras))
+    sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
+    if args.expert not in EXPERT_SIZES:
+        rest, sources[args.expert] = _pi05_rest(args.expert), []
+    if args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
         vlm, tokenizer = common.load_vlm(args.init)
         student = Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
+        if args.init not in common.VLM_SIZES:
+            sources[args.init] = list(vlm.named_parameters())
+        rest = rest or getattr(vlm, "left_over", {})
     else:
         student = distill.load_student(args.init)[0]
-    return VLA(student, args.expert, args.chunk, len(args.cameras))
+    model = VLA(student, size, args.chunk, len(args.cameras))
+    if rest:
+        found = sources[args.expert if args.expert in sources else args.init]
+        if size == "300m":
+            common.load_tensors(model.expert, pi05_expert(rest), "pi0.5's expert")
+            found += model.expert.named_parameters()
+            rest = {k: v for k, v in rest.items() if "lm_head" in k or k.startswith("action_")}
+        found += rest.items()
+    if sources:
+        common.report_loading(model, sources)
+    return model
+
+
+def _pi05_rest(source: str) -> dict[str, Tensor]:
+    """What --expert names, read. Raises InputError where that is no pi0.5."""
+    try:
+        if common.is_pi05(source):
+            return common.pi05_tensors(source)[1]
+        why = "it is another model"
+    except InputError:
+        raise
+    except common.LOADING_ERRORS as error:
+        why = str(error).splitlines()[0]
+    raise InputError(f"unknown --expert {source!r}: choose one of {sorted(EXPERT_SIZES)}, or a folder or hub name of "
+                     f"pi0.5 ({why})")  # fmt: skip
 
 
 def _hub_name(name: str) -> bool:
@@ -467,7 +552,7 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
-    process = common.setup(args.seed, args.replicas)
+    process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)
 

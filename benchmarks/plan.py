@@ -3,6 +3,7 @@
     python -m benchmarks.plan lam                                    # the paper's run on 16 GPUs of 40 GiB
     python -m benchmarks.plan lam --batch 8 --accumulate 4           # any flag of lam.py
     python -m benchmarks.plan lam --gpus 8 --gpu-memory 141 --gpu-tflops 989 --mfu 0.45
+    python -m benchmarks.plan distill                                # stage 2 and 3 likewise
     python -m benchmarks.plan lam --tiny --check                     # against a real step on this CPU
 
 Nothing is downloaded and nothing large allocated: the real classes are built on the meta device from the published
@@ -49,6 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import distill
+import finetune
 import lam
 from common import InputError
 
@@ -65,6 +68,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         ),
         model_type="internvl", tie_word_embeddings=False, image_seq_length=256,
     ),
+    "lerobot/pi05_base": common.PI05,  # its VLM; its expert is finetune.py's "300m"
+    "google/paligemma-3b-pt-224": common.PI05 | {"text": common.PI05["text"] | {"vocab_size": 257216}},
     "Efficient-Large-Model/Sana_1600M_512px_diffusers": dict(sample_size=16),  # else as diffusers' class
     "Efficient-Large-Model/Sana_1600M_512px_diffusers/vae": dict(  # DC-AE f32c32
         latent_channels=32, scaling_factor=0.41407, downsample_block_type="conv", upsample_block_type="interpolate",
@@ -283,7 +288,7 @@ class Stage:
     args: Any
     """The stage's own arguments: batch, accumulate, steps, checkpointing."""
     build: Callable[[bool], nn.Module]
-    """The model, with or without activation checkpointing, on the current device."""
+    """The model, with or without activation checkpointing (where the stage has it), on the current device."""
     step: Callable[[nn.Module], Tensor]
     """The loss of one micro-batch of `batch` samples of zeros."""
     parts: dict[str, str]
@@ -291,7 +296,9 @@ class Stage:
     tokens: Callable[[nn.Module], dict[str, int]]
     """Tokens of one sample, by kind."""
     frozen: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = field(default_factory=dict)
-    """Models beside it, not trained and whole on every GPU: how to build one, and what it does in a micro-batch."""
+    """Models beside it that are not trained: how to build one, and what it does in a micro-batch."""
+    sharded: bool = False
+    """Whether each GPU holds its share of these, in float32; else it holds all of them, in bfloat16."""
 
 
 def plan_lam(args: lam.Args) -> Stage:
@@ -341,7 +348,85 @@ def plan_lam(args: lam.Args) -> Stage:
     return Stage(args, build, step, parts, tokens, frozen)
 
 
-STAGES = {"lam": (lam, plan_lam)}
+def plan_distill(args: distill.Args) -> Stage:
+    """distill.py: the student, and the teacher of lam.py's preset of the same size."""
+    teacher = {"paligemma-tiny": lam.TINY, "paligemma-small": lam.SMALL}.get(args.student, lam.Args())
+    counts = (teacher.scene_tokens, teacher.motion_tokens)
+
+    def build(checkpointing: bool) -> nn.Module:
+        student = distill.assemble(*make_vlm(args.student), counts, teacher.latent_dim, checkpointing)
+        return student.train()
+
+    def step(model: distill.Student) -> Tensor:
+        b, texts = args.batch, ["lower the gripper around the cup"] * args.batch
+        hat, logits, words = model(images(b, 1, model.image_size), instructions(b), texts)
+        z = torch.zeros(b, sum(counts), teacher.latent_dim)
+        return distill.distill_loss(hat, z, logits, words, torch.tensor(float(words.numel())), args.lambda_r)[0]
+
+    def make_teacher() -> nn.Module:
+        return lam.Encoder(*make_vlm(teacher.encoder), *counts, teacher.latent_dim).eval().requires_grad_(False)
+
+    def teach(encoder: lam.Encoder) -> None:
+        with torch.no_grad():
+            encoder(images(args.batch, teacher.frames, teacher.image_size), instructions(args.batch))
+
+    def tokens(model: distill.Student) -> dict[str, int]:
+        seen = teacher.frames * make_teacher().config.image_seq_length
+        texts = ["lower the gripper around the cup" + model.tokenizer.eos_token]
+        return {"image": patches(model), "text": words(model), "latent": sum(counts),
+                "subtask": model.ids(texts)[0].shape[1], "image, teacher": seen}  # fmt: skip
+
+    parts = {"vlm.vision_tower": "vision encoder", "vlm.language_model": "language model", "": "projector, head"}
+    return Stage(args, build, step, parts, tokens, {"teacher": (make_teacher, teach)}, sharded=True)
+
+
+def plan_finetune(args: finetune.Args) -> Stage:
+    """finetune.py: around the student that --init names, or for a distilled one around that of the expert's size. FSDP
+    leaves the student's last layer with the root; here it is a unit like the others (0.2 GiB at full size)."""
+    known = args.init in ARCHITECTURES or args.init in common.VLM_SIZES
+    same = {"tiny": "paligemma-tiny", "small": "paligemma-small"}.get(args.expert, "lerobot/pi05_base")
+
+    def build(checkpointing: bool) -> nn.Module:
+        vlm, tokenizer = make_vlm(args.init if known else same)
+        student = distill.Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
+        model = finetune.VLA(student, args.expert, args.chunk, len(args.cameras)).train()
+        model.freeze_unread()
+        return model
+
+    def step(model: finetune.VLA) -> Tensor:
+        b, k = args.batch, len(args.cameras)
+        state, target = torch.zeros(b, len(common.STATE_NAMES)), torch.zeros(b, args.chunk, len(common.ACTION_NAMES))
+        actions = model(images(b, k, model.student.image_size), state, instructions(b))
+        mask = torch.zeros(target.shape, dtype=torch.bool)
+        return finetune.policy_loss(actions, target, mask, torch.ones(2))[0]
+
+    def tokens(model: finetune.VLA) -> dict[str, int]:
+        student = model.student
+        return {"image": len(args.cameras) * patches(student), "text": words(student), "latent": sum(args.latents),
+                "state, action": 1 + args.chunk}  # fmt: skip
+
+    parts = {
+        "student.vlm.vision_tower": "vision encoder", "student.vlm.language_model": "language model",
+        "expert": "action expert", "": "projector, queries, heads",
+    }  # fmt: skip
+    return Stage(args, build, step, parts, tokens)
+
+
+STAGES = {"lam": (lam, plan_lam), "distill": (distill, plan_distill), "finetune": (finetune, plan_finetune)}
+
+
+def images(batch: int, frames: int, size: int) -> Tensor:
+    return torch.zeros(batch, frames, 3, size, size, dtype=torch.uint8)
+
+
+def patches(student: distill.Student) -> int:
+    return (student.image_size // student.config.vision_config.patch_size) ** 2
+
+
+def words(student: distill.Student) -> int:
+    """Tokens of a prompt: of the longer of `instructions`."""
+    prompts = [common.STUDENT_PROMPT.format(sent=s) for s in instructions(2)]
+    return student.ids(prompts, start=student.tokenizer.bos_token)[0].shape[1]
 
 
 def instructions(batch: int) -> list[str]:
@@ -361,10 +446,16 @@ def make_vlm(source: str) -> tuple[nn.Module, Any]:
     many words as the published one."""
     import transformers as tf
 
+    tf.logging.set_verbosity_error()
     if source in common.VLM_SIZES:
         return common.load_vlm(source)
-    config = tf.InternVLConfig(**architecture(source))
-    return tf.InternVLForConditionalGeneration._from_config(config, dtype=torch.float32), common.make_tokenizer()
+    known = architecture(source)
+    if "text" in known:
+        config = common.paligemma_config(known["vision"], known["text"], image_token=257152)
+        kind = tf.PaliGemmaForConditionalGeneration
+    else:
+        config, kind = tf.InternVLConfig(**known), tf.InternVLForConditionalGeneration
+    return kind._from_config(config, dtype=torch.float32), common.make_tokenizer()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -399,12 +490,17 @@ def state_bytes(model: nn.Module, args: Args) -> dict[str, int]:
         "AdamW's moments (float32)": 8 * trained // share,
     }
     if args.gpus > 1:
-        layers = units(model)
-        largest = max(map(size, layers))
-        root = total - sum(map(size, layers))
-        states["gathered units (bfloat16)"] = 2 * (root + 2 * largest)
-        states["gradient being reduced"] = (2 + 4) * max(size(x, True) for x in layers)
+        states["gathered units (bfloat16)"] = gathered_bytes(model)
+        states["gradient being reduced"] = (2 + 4) * max(size(x, True) for x in units(model))
     return states
+
+
+def gathered_bytes(model: nn.Module) -> int:
+    """Whole parameters on each GPU at a time: the root's, the unit's at work, and the next one's."""
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    layers = units(model)
+    root = size(model) - sum(map(size, layers))
+    return 2 * (root + 2 * max(map(size, layers)))
 
 
 def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
@@ -412,23 +508,29 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
     common.at_least(args, gpus=1, replicas=1, gpu_memory=1e-9, gpu_tflops=1e-9, mfu=1e-9)
     if args.gpus % args.replicas:
         raise InputError(f"--gpus {args.gpus} do not divide into --replicas {args.replicas} groups")
+    choice = hasattr(stage.args, "checkpointing")  # whether the stage can recompute at all
     with torch.device("meta"):
         model = stage.build(False)
-        recomputing = stage.build(True)
+        recomputing = stage.build(True) if choice else None
         frozen = {name: make() for name, (make, _) in stage.frozen.items()}
     dtype = torch.bfloat16 if args.gpus > 1 else torch.float32
+    shared = stage.sharded and args.gpus > 1
     parts = count_parts(model, stage.parts)
     states = state_bytes(model, args)
     tokens = stage.tokens(model)
     keep = trace(model, lambda: stage.step(model), True, dtype, stage.parts)
-    recompute = trace(recomputing, lambda: stage.step(recomputing), True, dtype)
+    recompute = trace(recomputing, lambda: stage.step(recomputing), True, dtype) if choice else keep
     extra_flops = extra_peak = 0
     for name, module in frozen.items():
         parts[name] = (sum(p.numel() for p in module.parameters()), 0)
-        states[f"{name} (bfloat16)"] = 2 * parts[name][0]
-        cost = trace(module, lambda m=module, n=name: stage.frozen[n][1](m), True, torch.bfloat16)
-        extra_flops, extra_peak = extra_flops + cost.flops, max(extra_peak, cost.peak)
-    chosen, micro = (recompute if stage.args.checkpointing else keep), stage.args.accumulate * args.gpus
+        kind, each = ("float32", 4) if stage.sharded else ("bfloat16", 2)
+        states[f"{name} ({kind})"] = each * parts[name][0] // (args.gpus // args.replicas if shared else 1)
+        gathered = gathered_bytes(module) if shared else 0  # while it runs, and the other model does not
+        seen_as = torch.float32 if stage.sharded and not shared else torch.bfloat16
+        cost = trace(module, lambda m=module, n=name: stage.frozen[n][1](m), True, seen_as)
+        extra_flops, extra_peak = extra_flops + cost.flops, max(extra_peak, cost.peak + gathered)
+    checkpointing = choice and stage.args.checkpointing
+    chosen, micro = (recompute if checkpointing else keep), stage.args.accumulate * args.gpus
     peak = max(chosen.peak, extra_peak)
     step_flops = (keep.flops + extra_flops) * micro
     seconds = step_flops / (args.gpus * args.gpu_tflops * 1e12 * args.mfu)
@@ -436,7 +538,7 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
     return {
         "batch": stage.args.batch, "accumulate": stage.args.accumulate, "global_batch": stage.args.batch * micro,
         "gpus": args.gpus, "replicas": args.replicas, "parameters": parts, "tokens": tokens, "states": states,
-        "checkpointing": stage.args.checkpointing, "activations": {
+        "checkpointing": checkpointing if choice else None, "activations": {
             "kept": keep.kept, "peak": keep.peak, "kept_checkpointing": recompute.kept,
             "peak_checkpointing": recompute.peak, "frozen_models_peak": extra_peak,
         },
@@ -464,8 +566,8 @@ def show(plan: dict[str, Any], args: Args) -> None:
     for name, size in plan["states"].items():
         print(f"  {name:32s} {gib(size)}")
     a = plan["activations"]
-    for name, suffix in (("without", ""), ("with", "_checkpointing")):
-        used = "" if plan["checkpointing"] == bool(suffix) else "  (not this run)"
+    for name, suffix in (("without", ""), ("with", "_checkpointing"))[: 1 if plan["checkpointing"] is None else 2]:
+        used = "" if bool(plan["checkpointing"]) == bool(suffix) else "  (not this run)"
         print(f"  activations {name + ' checkpointing':20s} {gib(a['peak' + suffix])}  kept for the backward pass "
               f"{a['kept' + suffix] / GIB:.2f}{used}")  # fmt: skip
     if a["frozen_models_peak"]:
@@ -489,7 +591,7 @@ def show(plan: dict[str, Any], args: Args) -> None:
 
 def advice(plan: dict[str, Any]) -> str:
     """What would have to change, with the same global batch."""
-    if not plan["checkpointing"]:
+    if plan["checkpointing"] is False:
         return "add --checkpointing"
     whole = plan["batch"] * plan["accumulate"]
     fitting = [b for b in range(1, plan["batch"]) if whole % b == 0 and b <= plan["largest_batch"]]
@@ -517,7 +619,7 @@ def check(stage: Stage) -> dict[str, float]:
     """Two real steps on this CPU in float32 beside what the plan says of them: ratios of FLOPs, of the bytes of all
     tensors alive, and of resident memory, in which the allocator and the kernels' workspace take part."""
     values = {}
-    for checkpointing in (False, True):
+    for checkpointing in (False, True)[: 1 + hasattr(stage.args, "checkpointing")]:
         torch.manual_seed(0)
         model = stage.build(checkpointing)
         real = measure(model, lambda m=model: stage.step(m), {})

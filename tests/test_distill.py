@@ -2,15 +2,21 @@
 
 import math
 import shutil
+import sys
 from dataclasses import replace
 
 import helpers_policy as h
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
+from einops import rearrange
+from helpers_lam import forked_ranks
 
 import common
 import distill
+import finetune
 import lam
 from common import InputError
 
@@ -132,24 +138,32 @@ def test_a_batch_equals_singles(student):
 
 @torch.no_grad()
 def test_equals_hugging_face(micro):
-    """The same weights in PaliGemmaForConditionalGeneration, called as its processor would: prefix-LM."""
+    """The same weights in PaliGemmaForConditionalGeneration, with all that belongs to it: its processor's pixels and
+    prompts, scaled embeddings, prefix-LM with padding between texts of unequal lengths, its own loss."""
     torch.manual_seed(1)
     theirs, tokenizer = common.load_vlm("paligemma-micro")
     ours = distill.Student(theirs.eval(), tokenizer, (3, 2), 48).eval()
     assert theirs.lm_head.weight.data_ptr() == theirs.get_input_embeddings().weight.data_ptr()
-    encode = lambda s: tokenizer(s, add_special_tokens=False).input_ids
-    for seed, (instruction, text) in enumerate([(SHORT, "lift the red cup"), (LONG, "open the gripper")]):
-        images = h.pictures(1, seed=seed)
-        prefix = [theirs.config.image_token_id] * 16 + encode("<bos>" + instruction + "\n")
-        suffix = encode(text + "<eos>")
-        ids = torch.tensor([prefix + suffix])
-        out = theirs(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images[:, 0].float() / 127.5 - 1,
-            token_type_ids=torch.tensor([[0] * len(prefix) + [1] * len(suffix)]),
-        ).logits  # fmt: skip
-        _, logits, words = ours(images, [instruction], [text])
-        assert words[0].tolist() == suffix
-        close(logits, out[:, len(prefix) - 1 : -1], 1e-4)
+    pictures = transformers.SiglipImageProcessorPil(do_resize=False)
+    pictures.image_seq_length = 16
+    processor = transformers.PaliGemmaProcessor(pictures, common.make_tokenizer())
+    images, instructions = h.pictures(3), [SHORT, LONG, "go"]
+    texts = ["lift the red cup", "go", "open the gripper, and then lift it slowly"]
+    given = processor(
+        images=[image for image in rearrange(images, "b 1 c h w -> b h w c").numpy()], text=instructions, suffix=texts,
+        return_tensors="pt", padding="longest",
+    )  # fmt: skip
+    assert (given.attention_mask == 0).any(1).sum() == 2 and (given.token_type_ids == 1).any(1).all()
+    out = theirs(**given)
+    _, logits, words = ours(images, instructions, texts)
+    for i in range(3):
+        at = (given.labels[i] >= 0).nonzero()[:, 0]  # the suffix, each word predicted by the position before it
+        n = len(at)
+        assert words[i, :n].tolist() == given.labels[i, at].tolist() and (words[i, n:] == -100).all()
+        close(logits[i, :n], out.logits[i, at - 1], 1e-4)
+    z = torch.zeros(3, 5, 48)
+    _, parts = distill.distill_loss(z, z, logits, words, (words >= 0).sum(), 0.5)
+    assert parts["text"].item() == pytest.approx(out.loss.item(), rel=1e-5)
 
 
 # -- learning ----------------------------------------------------------------------------------------------------------
@@ -175,6 +189,15 @@ def test_gradients(student, teacher_run):
     student.vlm.activation_checkpointing_disable()
     student.zero_grad(set_to_none=True)
     student.eval()
+
+
+def test_recomputing_ends_with_distillation(tmp_path):
+    """Fine-tuning reads keys and values, which layers that recompute do not return, wherever its student came from."""
+    recomputes = lambda module: [n for n, m in module.named_modules() if getattr(m, "gradient_checkpointing", False)]
+    student = distill.assemble(*common.load_vlm("paligemma-micro"), (3, 2), 48, checkpointing=True)
+    assert {n.split(".")[1] for n in recomputes(student)} >= {"vision_tower", "language_model"}
+    assert recomputes(finetune.VLA(student, "tiny", 4, 1)) == []
+    assert recomputes(distill.assemble(*common.load_vlm("paligemma-micro"), (3, 2), 48, checkpointing=False)) == []
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +256,42 @@ def test_the_head_starts_as_the_identity():
     assert torch.equal(student.head.weight, torch.eye(64)) and not student.head.bias.any()
 
 
+# -- the teacher, sharded ----------------------------------------------------------------------------------------------
+
+
+def compare_teachers(run) -> None:
+    """In one of two ranks: what the teacher answers whole, sharded, and after a step of the student beside it."""
+    process = common.setup(0)
+    teacher, student = lam.load_lam(run)[0], h.make_student()
+    teacher.decoder = None
+    teacher.eval().requires_grad_(False)
+    video = h.pictures(2, k=3, seed=process.rank)  # each rank its own
+    texts = [SHORT, LONG][:: 1 - 2 * process.rank]
+    answer = lambda model: torch.cat(model.encoder(video, texts), 1)
+    with torch.no_grad():
+        whole = answer(teacher)
+        distill.shard(student, teacher, process)
+        sharded = answer(teacher)
+    assert all(isinstance(p, torch.distributed.tensor.DTensor) for p in teacher.parameters())
+    optimizer = torch.optim.AdamW(student.parameters(), 0.1)
+    hat, logits, words = student.train()(video[:, :1], texts, ["lift", "open the gripper"])
+    distill.distill_loss(hat, sharded, logits, words, (words >= 0).sum(), 0.5)[0].backward()
+    optimizer.step()
+    assert all(p.grad is None for p in teacher.parameters()) and all(p.grad is not None for p in student.parameters())
+    with torch.no_grad():
+        again = answer(teacher)
+    assert torch.equal(whole, sharded) and torch.equal(whole, again) and whole.std() > 0.5
+    del teacher, student, optimizer
+    print("the teacher's answers are equal")
+    common.teardown(process)
+    sys.exit(0)
+
+
+def test_a_sharded_teacher_says_the_same(teacher_run):
+    text = forked_ranks("distill.py", before=lambda: compare_teachers(teacher_run))
+    assert text.count("the teacher's answers are equal") == 2
+
+
 # -- checkpoints, runs, errors -----------------------------------------------------------------------------------------
 
 
@@ -262,6 +321,8 @@ def test_wrong_checkpoints(teacher_run, student, tmp_path):
 def test_bad_input(student):
     with pytest.raises(InputError, match="an instruction of 25000 letters .* the model takes 4096"):
         student(h.pictures(1), ["move " * 5000])
+    with pytest.raises(InputError, match="a subtask text of 25000 letters .* the model takes 4096 .* 'move move"):
+        student(h.pictures(1), [SHORT], ["move " * 5000])
     with pytest.raises(InputError, match="PaliGemma, not 'internvl'"):
         distill.Student(*common.load_vlm("internvl-micro"), (3, 2), 48)
 
@@ -306,3 +367,58 @@ def test_no_teacher_leaves_no_run_behind(data, tmp_path):
     with pytest.raises(InputError, match="no lam checkpoint .* run `python lam.py"):
         distill.train(run_args(data, tmp_path / "absent", tmp_path / "run"), h.process())
     assert not (tmp_path / "run").exists()
+
+
+def rewrite_texts(data, out, kind: str, change) -> None:
+    """A copy of a data set with other instructions or subtasks."""
+    shutil.copytree(data, out)
+    path = out / f"meta/{kind}s.parquet"
+    table = pyarrow.parquet.read_table(path).to_pydict()
+    column = next(k for k in table if k != f"{kind}_index")
+    table[column] = change(table[column])
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+
+
+def test_texts_are_checked_at_the_start(data, teacher_run, tmp_path):
+    """An empty instruction, and a text that is too long, of an instruction or of a phase; no step is taken."""
+    cases = [("task", lambda t: ["", *t[1:]], "instruction 0 of its 2 is empty"),
+             ("task", lambda t: [t[0], "push it " * 3000], "an instruction of 24000 letters"),
+             ("subtask", lambda t: [t[0], "push it " * 3000], "a subtask text of 24000 letters")]  # fmt: skip
+    for i, (kind, change, message) in enumerate(cases):
+        rewrite_texts(data, tmp_path / f"data{i}", kind, change)
+        with pytest.raises(InputError, match=message):
+            distill.train(run_args(tmp_path / f"data{i}", teacher_run, tmp_path / f"run{i}"), h.process())
+        assert not common.read_metrics(tmp_path / f"run{i}")
+
+
+def test_an_empty_subtask_is_the_instruction():
+    batch = {"subtask": ["lift it", " ", ""], "instruction": [SHORT, LONG, "go"]}
+    assert distill.phases(batch) == ["lift it", LONG, "go"]
+
+
+def test_the_teachers_statistics(data, tmp_path, capsys):
+    """The same data set with other statistics is refused; one that the teacher never saw is named."""
+    h.save_lam(tmp_path / "lam")
+    distill.train(run_args(data, tmp_path / "lam", tmp_path / "a"), h.process())
+    assert f"it has not seen ['{data}']" in capsys.readouterr().out
+    found = common.find_checkpoint(tmp_path / "lam", "lam")
+    statistics = common.load_meta(tmp_path / "a/checkpoints/step_00000004")["statistics"]
+    common.write_json(found / "meta.json", common.load_meta(found) | {"statistics": statistics})
+    distill.train(run_args(data, tmp_path / "lam", tmp_path / "b"), h.process())
+    assert "it has not seen" not in capsys.readouterr().out
+    statistics[str(data)]["action"]["q99"][0] += 0.1
+    common.write_json(found / "meta.json", common.load_meta(found) | {"statistics": statistics})
+    with pytest.raises(InputError, match="the data at .* have other statistics than when the teacher .* learned"):
+        distill.train(run_args(data, tmp_path / "lam", tmp_path / "c"), h.process())
+
+
+@pytest.mark.parametrize("stage", [distill, finetune])
+def test_bfloat16_on_a_cpu(stage, monkeypatch):
+    """--small asks for it, --tiny and the paper's run do not, and the process is set up accordingly."""
+    asked = []
+    monkeypatch.setattr(common, "setup", lambda *args: asked.append(args) or sys.exit(0))
+    for words in (["--small"], ["--tiny"], ["--tiny", "--cpu-bf16"]):
+        monkeypatch.setattr("sys.argv", ["x", *words])
+        with pytest.raises(SystemExit):
+            stage.main()
+    assert asked == [(0, 1, True), (0, 1, False), (0, 1, True)] and not stage.Args().cpu_bf16

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderDC, SanaTransformer2DModel
 from torch import nn
 
+import distill
+import finetune
 import lam
 from benchmarks import lam_step, plan
 from common import InputError
@@ -72,11 +74,19 @@ def test_memory_of_a_group_is_that_of_the_tensors():
     assert states["gathered units (bfloat16)"] == 2 * (root + 2 * largest)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_traced_step_is_a_real_step(checkpointing):
+TINY = {
+    "lam": replace(lam.TINY, batch=2, frames=3), "distill": replace(distill.TINY, batch=2),
+    "finetune": replace(finetune.TINY, batch=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name,checkpointing",
+    [("lam", False), ("lam", True), ("distill", False), ("distill", True), ("finetune", False)],
+)
+def test_a_traced_step_is_a_real_step(name, checkpointing):
     """Without values: the same FLOPs to the last one, and the same bytes of tensors alive, as a real step counts."""
-    args = replace(lam.TINY, batch=2, frames=3)
-    stage = plan.plan_lam(args)
+    stage = plan.STAGES[name][1](TINY[name])
     torch.manual_seed(0)
     model = stage.build(checkpointing)
     real = plan.measure(model, lambda: stage.step(model), {})
@@ -86,6 +96,37 @@ def test_a_traced_step_is_a_real_step(checkpointing):
     assert traced.flops == real.flops
     assert traced.peak == pytest.approx(real.peak, rel=0.03) and traced.kept == pytest.approx(real.kept, rel=0.03)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_later_stages(capsys):
+    """Distillation: the student's own step and the teacher's forward pass; fine-tuning fits
+    without recomputing. Parameters: SigLIP-So400m without its pooling, Gemma-2B with its embeddings (arXiv 2407.07726,
+    2403.08295: 2.51 B), Gemma-300M without."""
+    args = TINY["distill"]
+    stage = plan.plan_distill(args)
+    make_teacher, teach = stage.frozen["teacher"]
+    student, teacher = stage.build(False), make_teacher()
+    real = plan.measure(student, lambda: stage.step(student), {}).flops
+    taught = plan.measure(teacher, lambda: teach(teacher), {}).flops
+    got = plan.make_plan(stage, plan.Args(gpus=4))
+    assert got["flops_micro_batch"] == real + taught and got["flops_frozen_models"] == taught > real / 3
+    assert got["flops_step"] == 4 * (real + taught) * args.accumulate and got["global_batch"] == 8
+    assert got["parameters"]["teacher"] == (size(teacher), 0) and got["states"]["teacher (float32)"] == size(teacher)
+    assert sum(total for total, _ in got["parameters"].values()) == size(student) + size(teacher)
+    plan.show(got, plan.Args(gpus=4))
+    assert "with checkpointing" in capsys.readouterr().out
+    got = plan.make_plan(plan.plan_finetune(TINY["finetune"]), plan.Args(gpus=4))
+    plan.show(got, plan.Args(gpus=4))
+    assert "with checkpointing" not in capsys.readouterr().out
+    assert "more GPUs" in plan.advice(got | {"largest_batch": 0})
+
+    with torch.device("meta"):
+        vla = plan.plan_finetune(finetune.Args()).build(False)
+    parts = plan.count_parts(vla, plan.plan_finetune(finetune.Args()).parts)
+    assert parts["vision encoder"] == (412_442_352,) * 2 and parts["language model"][0] == 2_508_531_712
+    assert parts["action expert"][0] == pytest.approx(311e6, rel=0.005)
+    # The last layer keeps its keys and values alone, and the student's head has no reader.
+    assert parts["language model"][1] == 2_508_531_712 - 2048 - (2 * 2048 * 2048 + 3 * 2048 * 16384 + 2048)
 
 
 def test_checkpointing_leaves_a_frozen_vision_encoder_alone():
@@ -145,7 +186,8 @@ def test_a_plan_on_a_gpu(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words,message",
     [
-        (["distil"], "which stage.*plan lam"),
+        (["distil"], "which stage.*plan lam.distill.finetune"),
+        (["distill", "--student", "some/model"], "no architecture 'some/model'"),
         (["lam", "--encoder", "some/model"], "no architecture 'some/model'"),
         (["lam", "--tiny", "--gpus", "4", "--replicas", "3"], "--gpus 4 do not divide into --replicas 3"),
         (["lam", "--tiny", "--batch", "0"], "--batch 0"),
