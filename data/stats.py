@@ -20,7 +20,8 @@ import tyro
 from tqdm import tqdm
 
 from common import InputError, run_main, write_json
-from data.lerobot import RATES, DatasetStatistics, LeRobotReader, action_key, stride_for
+from data.lerobot import LeRobotReader
+from data.quantiles import RATES, DatasetStatistics, action_key, stride_for
 
 
 @dataclass

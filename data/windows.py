@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import ACTION_NAMES, InputError, Process, load_meta, seen_from, strided_actions
-from data.lerobot import DamagedEpisode, LeRobotReader, stride_for
+from data.lerobot import DamagedEpisode, LeRobotReader
+from data.quantiles import stride_for
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 import common
 from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError
 from data import stats
-from data.lerobot import DamagedEpisode, LeRobotReader, LeRobotWriter, _Video, quantile_stats
+from data.lerobot import DamagedEpisode, LeRobotReader, LeRobotWriter, _Video
+from data.quantiles import quantile_stats
 from data.windows import View, Windows, _held_out, held_out_batches, stream
 
 VIEWS = {"frames": View("primary", 4, 32)}

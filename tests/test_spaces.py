@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 import common
 from common import ACTION_NAMES, ARM_ACTION, STATE_NAMES, InputError, Normalizer
-from data.lerobot import Statistics
+from data.quantiles import Statistics
 
 number = st.floats(-2, 2, width=32)
 # Angles with their traps: the poles of pitch, half turns, and both sides of each.
