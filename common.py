@@ -424,7 +424,10 @@ class Normalizer(nn.Module):
         """`stats` holds lists "q01" and "q99" over `columns`. Raises InputError when they are missing or do not fit."""
         if not stats or "q01" not in stats or "q99" not in stats:
             raise InputError(f"no q01/q99 statistics in {source}: run `python -m data.stats {source}`")
-        quantiles = np.array([stats["q01"], stats["q99"]], np.float64)
+        try:
+            quantiles = np.array([stats["q01"], stats["q99"]], np.float64)
+        except (TypeError, ValueError):  # no numbers, or not equally many
+            quantiles = np.empty((2, 0))
         if quantiles.shape != (2, len(columns)) or not np.isfinite(quantiles).all():
             raise InputError(
                 f"statistics in {source} are {quantiles.shape[-1]} numbers (NaN: {int(np.isnan(quantiles).sum())}) for "

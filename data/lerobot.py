@@ -44,6 +44,7 @@ from common import (
     scatter,
     write_json,
 )
+from data import schema
 from data.quantiles import ACTION, RATES, STATE, DatasetStatistics, action_key, stride_for
 
 _IMAGE = "observation.images."
@@ -207,13 +208,12 @@ class LeRobotWriter:
         if here != there:
             raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
                              f"another --out")  # fmt: skip
-        self.tasks = {t: i for i, t in enumerate(old.tasks)}
-        self.subtasks = {t: i for i, t in enumerate(old.subtasks)}
+        self.tasks, self.subtasks = ({t: i for i, t in texts.items()} for texts in (old.tasks, old.subtasks))
         self.episodes = old.episodes
         self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1
         for i in tqdm(range(old.num_episodes), "statistics so far", unit="episode", mininterval=1, leave=False):
             self.statistics.add(old.episode(i))
-        if old.info["total_episodes"] != len(self.episodes):
+        if old.info.get("total_episodes") != len(self.episodes):
             self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
 
     def add_episode(
@@ -367,12 +367,11 @@ class LeRobotReader:
                 f"no LeRobot data set at {self.root} (no meta/info.json): record one with "
                 f"`python franka.py --record 100 --task all --out {self.root}`, or give another --data"
             )
-        self.info = self._json(self.root / "meta/info.json")
+        self.info = self._json(self.root / "meta/info.json", {})
         version = self.info.get("codebase_version", "?")
         if version not in ("v2.0", "v2.1", "v3.0"):
             raise InputError(f"{self.root}: LeRobot format {version} is not supported (v2.1 and v3.0 are)")
-        if lacking := sorted({"fps", "features", "data_path", "video_path"} - set(self.info)):
-            raise InputError(f"{self.root}/meta/info.json lacks {lacking}: copy the data set again")
+        schema.check(self.info, schema.info(version), f"{self.root}/meta/info.json")
         self.v3, self.fps = version == "v3.0", float(self.info["fps"])
         self.mapping, self.mapping_path = self._load_mapping(mapping)
         self._check_columns()
@@ -384,12 +383,15 @@ class LeRobotReader:
 
     # -- metadata -------------------------------------------------------------------------------------------------
 
-    def _json(self, path: Path, lines: bool = False) -> Any:
+    def _json(self, path: Path, wanted: Any, lines: bool = False) -> Any:
+        """The content of a JSON file, or of one with a value in each line, by its schema."""
         try:
             text = path.read_text()
-            return [json.loads(row) for row in text.splitlines() if row.strip()] if lines else json.loads(text)
-        except (OSError, json.JSONDecodeError) as error:
+            value = [json.loads(row) for row in text.splitlines() if row.strip()] if lines else json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
+        schema.check(value, wanted, str(path))
+        return value
 
     def _load_mapping(self, name: str) -> tuple[dict, Path | None]:
         features = self.info["features"]
@@ -399,15 +401,19 @@ class LeRobotReader:
             if path is None:
                 known = sorted(p.stem for p in folder.glob("*.json"))
                 raise InputError(f"no mapping {name!r}: give a JSON file or one of {known} after {self.root}@")
-            mapping = self._json(path)
-            if not isinstance(mapping, dict):
-                raise InputError(f"{path} is no mapping: a JSON object like data/mappings/sim_pick_place.json is one")
-            return mapping, path
+            return self._json(path, schema.MAPPING), path
         named: dict[str, Any] = {"images": {k.removeprefix(_IMAGE): k for k in features if k.startswith(_IMAGE)}}
         for key, kind in ((STATE, "state"), (ACTION, "action")):
-            names = (features.get(key) or {}).get("names")
-            names = names.get("motors", names) if isinstance(names, dict) else names
-            named[kind] = {n: {"column": key, "index": i} for i, n in enumerate(names or [])}
+            feature, where = features.get(key, {}), f"{self.root}/meta/info.json: {key}"
+            names = feature.get("names") or []
+            names = names.get("motors", list(names)) if isinstance(names, dict) else names
+            schema.check(names, [schema.TEXT], f"{where}.names")
+            schema.check_unique(names, "names", where)
+            width = math.prod(feature["shape"]) if "shape" in feature else "?"
+            if names and len(names) != width:
+                raise InputError(f"{where} has {len(names)} names for {width} columns: correct names or shape")
+            named[kind] = {n: {"column": key, "index": i} for i, n in enumerate(names)}
+        schema.check(named, schema.MAPPING, f"{self.root}/meta/info.json")
         return named, None
 
     def _check_columns(self) -> None:
@@ -441,16 +447,19 @@ class LeRobotReader:
         return [n for n in ACTION_NAMES if (n in later if n.endswith("gripper") else known(n))]
 
     def _load_meta(self) -> None:
-        meta = self.root / "meta"
+        meta, cameras = self.root / "meta", self.mapping["images"].values()
+        listed = schema.episodes(self.info["codebase_version"], cameras)
         if self.v3:
             files = sorted((meta / "episodes").rglob("*.parquet"))
             if not files or not (meta / "tasks.parquet").exists():
                 raise InputError(f"{self.source}: meta/episodes or meta/tasks.parquet is absent: copy it again")
-            rows = [row for f in files for row in self._parquet(f).to_pylist()]
-            self.tasks, self.subtasks = (self._texts(meta / f"{k}s.parquet", f"{k}_index") for k in ("task", "subtask"))
+            rows, where = [row for f in files for row in self._parquet(f).to_pylist()], meta / "episodes"
+            schema.check(rows, listed, str(where))
+            self.tasks, self.subtasks = (self._texts(meta / f"{kind}s.parquet", kind) for kind in ("task", "subtask"))
         else:
-            rows, tasks = (self._json(meta / f"{k}.jsonl", lines=True) for k in ("episodes", "tasks"))
-            self.tasks, self.subtasks = [t["task"] for t in sorted(tasks, key=lambda t: t["task_index"])], []
+            rows, where = self._json(meta / "episodes.jsonl", listed, lines=True), meta / "episodes.jsonl"
+            self.tasks, self.subtasks = self._texts(meta / "tasks.jsonl", "task"), {}
+        schema.check_unique((row["episode_index"] for row in rows), "episode", str(where))
         self.episodes = sorted(rows, key=lambda r: r["episode_index"])
         self.num_episodes = len(self.episodes)
         if not self.num_episodes:
@@ -458,20 +467,28 @@ class LeRobotReader:
         self.lengths = np.array([r["length"] for r in self.episodes])
         # A mapped data set's own statistics describe its own columns, so only the mapping's will do.
         path = meta / "stats.json"
-        self.stats = self.mapping.get("stats", {}) if self.mapping_path else self._json(path) if path.exists() else {}
+        own = self._json(path, schema.STATS) if path.exists() and not self.mapping_path else {}
+        self.stats = self.mapping.get("stats", {}) if self.mapping_path else own
 
     def _parquet(self, path: Path) -> pa.Table:
         try:
             return pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
 
-    def _texts(self, path: Path, index: str) -> list[str]:
-        if not path.exists():
-            return []
-        table = self._parquet(path).to_pydict()
-        text = next(v for k, v in table.items() if k != index)
-        return [t for _, t in sorted(zip(table[index], text, strict=True))]
+    def _texts(self, path: Path, kind: str) -> dict[int, str]:
+        """The texts of tasks or subtasks by their numbers."""
+        wanted, index = schema.texts(kind), f"{kind}_index"
+        if self.v3 and not path.exists():
+            return {}
+        if self.v3:  # the text stands in pandas' column of row labels, under whatever name
+            rows = self._parquet(path).to_pylist()
+            rows = [{kind if k != index else k: v for k, v in row.items()} for row in rows]
+            schema.check(rows, wanted, str(path))
+        else:
+            rows = self._json(path, wanted, lines=True)
+        schema.check_unique((row[index] for row in rows), index, str(path))
+        return {row[index]: row[kind] for row in rows}
 
     def normalizers(self, stride: int = 1) -> tuple[Normalizer, Normalizer]:
         """The action's and the state's normaliser. Composed actions (stride > 1) have statistics of their own.
@@ -500,21 +517,22 @@ class LeRobotReader:
                 lacking = sorted(wanted - set(names))
                 if lacking:
                     raise InputError(f"{path} lacks the columns {lacking}: convert the data set again")
-                wanted |= {"subtask_index"} & set(names)
+                wanted |= {"subtask_index", "timestamp"} & set(names)
                 self._tables[str(path)] = pq.read_table(path, columns=sorted(wanted))
-            except (OSError, pa.ArrowInvalid) as error:
+            except (OSError, pa.ArrowException) as error:
                 raise DamagedEpisode(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
             while len(self._tables) > 16:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(str(path))
         table = self._tables[str(path)]
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == row["episode_index"])
+        index = table["episode_index"]
+        rows = np.flatnonzero(index.to_numpy() == row["episode_index"]) if not pa.types.is_nested(index.type) else []
         if len(rows) != row["length"]:
             raise DamagedEpisode(
                 f"{path} holds {len(rows)} of the {row['length']} steps of episode {row['episode_index']} of "
                 f"{self.source}: copy the data set again"
             )
-        return table.slice(rows[0], len(rows))
+        return table.take(rows)
 
     def _place(self, row: dict, key: str) -> dict[str, int]:
         """What fills in the path of an episode's data or video."""
@@ -523,25 +541,35 @@ class LeRobotReader:
         e = row["episode_index"]
         return {"episode_chunk": e // self.info.get("chunks_size", 1000), "episode_index": e}
 
-    @staticmethod
-    def _array(column: pa.ChunkedArray) -> np.ndarray:
+    def _array(self, table: pa.Table, name: str, i: int) -> np.ndarray:
         """A column of numbers or of lists of numbers as float64 (n, width); a null becomes NaN."""
-        array = column.combine_chunks()
-        if array.null_count and hasattr(array.type, "value_type"):
-            raise ValueError("a row is missing")
-        flat = array.flatten() if hasattr(array.type, "value_type") else array
-        return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
+        array = table[name].combine_chunks()
+        try:
+            if array.null_count and hasattr(array.type, "value_type"):
+                raise ValueError("a row is missing")
+            flat = array.flatten() if hasattr(array.type, "value_type") else array
+            return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(table), -1)
+        except (ValueError, TypeError, pa.ArrowException):
+            why = "has rows that are no numbers, or of unequal length"
+            raise DamagedEpisode(f"{self.source}: {name} in episode {i} {why}: leave it out") from None
+
+    def _check_clock(self, table: pa.Table, i: int) -> None:
+        """Raises DamagedEpisode where the table's timestamps tell another rate than meta/info.json. Real clocks jitter
+        (then the mean step is right) and pause (then the median is): both must be off by 5 % (our choice). One that
+        stands still says nothing."""
+        if "timestamp" in table.column_names and pa.types.is_floating(table["timestamp"].type) and len(table) > 1:
+            steps = np.diff(self._array(table, "timestamp", i)[:, 0])
+            step = np.median(steps)
+            if step > 0 and all(abs(s * self.fps - 1) > 0.05 for s in (step, steps.mean())):
+                raise DamagedEpisode(f"{self.source}: the timestamps of episode {i} run at {1 / step:.4g} Hz, fps in "
+                                     f"meta/info.json is {self.fps:g}: correct it")  # fmt: skip
 
     def _columns(self, i: int, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
         """Mapped columns of episode i, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
         mapping = self.mapping.get(kind) or {}
         arrays = {}
         for name in sorted({c["column"] for c in mapping.values()}):
-            try:
-                arrays[name] = self._array(table[name])
-            except (ValueError, TypeError, pa.ArrowException):
-                why = "has rows that are no numbers, or of unequal length"
-                raise DamagedEpisode(f"{self.source}: {name} in episode {i} {why}: leave it out") from None
+            arrays[name] = self._array(table, name, i)
             shape = self.info["features"][name].get("shape")
             if shape and math.prod(shape) != arrays[name].shape[1]:
                 raise InputError(f"{self.source}: {name} has {arrays[name].shape[1]} dimensions, meta/info.json says "
@@ -562,6 +590,7 @@ class LeRobotReader:
         many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none),
         and camera (n, 7), its pose in the frame of action and state where it moves, else None: see `seen_from`."""
         table = self._table(i)
+        self._check_clock(table, i)
         n = steps = len(table)
         state = self._columns(i, table, "state", STATE_NAMES)
         if self.mapping.get("action"):
@@ -570,18 +599,29 @@ class LeRobotReader:
             action = self._change(state, self._columns(i, table, "target", STATE_NAMES))
         else:
             action, steps = self._change(state, np.concatenate([state[1:], state[-1:]])), n - 1
-        if (number := table["task_index"][0].as_py()) not in range(len(self.tasks)):
-            raise DamagedEpisode(f"{self.source}: episode {i} has task {number} of {len(self.tasks)}: leave it out")
-        task = self.tasks[number]
+        task = self._text("task", table["task_index"][0].as_py(), i)
         subtask = [task] * n
         if self.subtasks and "subtask_index" in table.column_names:
-            subtask = [self.subtasks[k] for k in table["subtask_index"].to_pylist()]
+            subtask = [self._text("subtask", k, i) for k in table["subtask_index"].to_pylist()]
         return {
             "action": action.astype(np.float32), "action_mask": np.isin(ACTION_NAMES, self.action_names),
             "state": state.astype(np.float32), "state_mask": np.isin(STATE_NAMES, self.state_names),
             "steps": steps, "task": task, "subtask": subtask,
-            "camera": self._array(table[_CAMERA]) if _CAMERA in table.column_names else None,
+            "camera": self._poses(table, i) if _CAMERA in table.column_names else None,
         }  # fmt: skip
+
+    def _text(self, kind: str, number: Any, i: int) -> str:
+        texts = self.tasks if kind == "task" else self.subtasks
+        if not isinstance(number, int) or number not in texts:
+            raise DamagedEpisode(f"{self.source}: episode {i} has the {kind} {number} of {len(texts)}: leave it out")
+        return texts[number]
+
+    def _poses(self, table: pa.Table, i: int) -> np.ndarray:
+        """The moving camera's poses (n, 7)."""
+        poses = self._array(table, _CAMERA, i)
+        if poses.shape[1] != 7 or not (np.abs(np.linalg.norm(poses[:, 3:], axis=1) - 1) < 0.05).all():
+            raise DamagedEpisode(f"{self.source}: {_CAMERA} in episode {i} is no list of poses: leave it out")
+        return poses
 
     def _change(self, state: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The unified actions (n, 44) that lead from states to target states, both (n, 46)."""
@@ -607,16 +647,8 @@ class LeRobotReader:
         return self._path("video_path", video_key=key, **place), start
 
     def _path(self, template: str, **place: Any) -> Path:
-        """A file of the data set, as a template of info.json names it. Raises InputError where it makes no path within
-        the data set."""
-        try:
-            path = Path(self.info[template].format(**place))
-        except (AttributeError, KeyError, IndexError, ValueError):
-            path = None
-        if path is None or path.is_absolute() or ".." in path.parts:
-            where = f"{template} {self.info[template]!r} in meta/info.json"
-            raise InputError(f"{self.source}: {where} names no file within the data set: correct it, or copy it again")
-        return self.root / path
+        """A file of the data set, as a template of info.json names it."""
+        return self.root / self.info[template].format(**place)
 
     def frames(self, i: int, camera: str, indices: Sequence[int]) -> np.ndarray:
         """Frames of episode i, in the order asked for: uint8 (len(indices), H, W, 3)."""
@@ -625,12 +657,18 @@ class LeRobotReader:
         numbers = [round(start * self.fps + k) for k in indices]  # frame numbers in the file
         missing, found = set(numbers), {}
         feature = self.info["features"][self.mapping["images"][camera]]
-        listed = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
+        listed = dict(zip(map(str, feature.get("names") or ()), feature.get("shape") or (), strict=False))
         to_rgb = av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make its tables anew
         try:
             container = self._open(path)
             stream = container.streams.video[0]
             base = float(stream.time_base)
+            rate, n = float(stream.average_rate or self.fps), int(self.lengths[i])
+            # Pictures are found by the rate: they may drift from their steps by one in an episode, or by 0.2 %, as much
+            # as 29.97 told as 30 (our choice).
+            if abs(rate - self.fps) > self.fps * np.clip(1 / n, 0.002, 0.02):
+                raise DamagedEpisode(f"video {path} runs at {rate:.4g} Hz (episode {i} of {self.source}), fps in "
+                                     f"meta/info.json is {self.fps:g}: correct it, or convert it again")  # fmt: skip
             # A quarter frame past the wanted one, against rounding; from the start where a file's index misleads.
             for second in ((min(numbers) + 0.25) / self.fps, 0.0):
                 container.seek(int(second / base), stream=stream, backward=True)

@@ -119,7 +119,7 @@ class Windows(torch.utils.data.Dataset):
 
     def longest_instruction(self) -> str:
         """The instruction with the most letters, to see at the start whether a model's context has room for it."""
-        return max((task for reader in self.readers for task in reader.tasks), key=len, default="")
+        return max((task for reader in self.readers for task in reader.tasks.values()), key=len, default="")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.draw(index)
