@@ -68,7 +68,7 @@ def names(info, change):
     (lambda i: i.update(codebase_version=["v3.0"]), "format .*v3.0.* is not supported"),
     *((lambda i, k=k, p=p: i.update({k: p}), f"{k} is .*, and must be a path") for k, p in itertools.product(
         ("data_path", "video_path"),
-        ("../{chunk_index}/x.mp4", "/tmp/x.mp4", "{nothing}.mp4", "{x:999999999d}", "{chunk_index:999999999d}.mp4",
+        ("../{chunk_index}/x.mp4", "/tmp/x.mp4", "{nothing}.mp4", "{x:99999d}", "{chunk_index:99999d}.mp4",
          "{chunk_index.__class__}", "{chunk_index!r}", "{chunk_index:{file_index}}", "{}", "{", "a\0b", None, 3, []),
     )),
     *((lambda i, k=k: i["features"].update({f"observation.images.{k}": {}}), "images.* name of a column") for k in (
