@@ -598,6 +598,34 @@ def test_resume_finds_what_is_new_and_what_was_repaired(tmp_path, demos, capsys)
         convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), arguments(resume=True))
 
 
+@pytest.mark.parametrize("options, text", [
+    ({"source": "elsewhere"}, "source.*elsewhere"), ({"keep_noops": True}, "keep_noops.*True"),
+])  # fmt: skip
+def test_resume_with_another_source_or_other_options_is_refused(tmp_path, demos, options, text):
+    """Their demonstrations have the same names, and would pass for done."""
+    given = lambda **kw: libero.Args(**{"source": "there", "out": "x", "workers": 0} | kw)
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x"), given(limit=2))
+    before = contents(tmp_path / "x")
+    with pytest.raises(InputError, match=f"{text}.*: choose another --out"):
+        convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), given(resume=True, **options))
+    assert contents(tmp_path / "x") == before
+    same = given(source=os.path.abspath("there"), limit=4, workers=2, resume=True, out="y")
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), same)
+    assert LeRobotReader(tmp_path / "x").num_episodes == 4
+    (tmp_path / "x/meta/conversion.json").unlink()
+    with pytest.raises(InputError, match="choose another --out"):
+        convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), same)
+
+
+def test_an_output_without_episodes_is_free(tmp_path, demos):
+    """What a first attempt with a wrong option left behind."""
+    bad = {key: job for key, job in demos.items() if key.startswith("d_")}
+    with pytest.raises(InputError, match="none of 2 episodes"):
+        convert.convert(bad, libero.load, make_writer(tmp_path / "x"), arguments())
+    other = convert.ConvertArgs(source="elsewhere", out="x", workers=0)
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), other)
+
+
 def test_what_the_writer_refuses_is_left_out(tmp_path, demos):
     def load(*job):
         episode = libero.load(*job)

@@ -751,7 +751,9 @@ def test_limit_then_the_rest(many, undisturbed, tmp_path, run):
     write(tmp_path / "other", "viola", [make("viola")])
     shutil.copy(many / "features.json", tmp_path / "other")
     code, error, _ = run(tmp_path / "other", "--row", "roboturk", "--out", tmp_path / "out", "--resume")
-    assert code == 2 and "out holds 'roboturk: roboturk-train" in error and "choose another --out" in error
+    assert code == 2 and f"{tmp_path / 'other'}" in error and "choose another --out" in error
+    code, error, _ = run(many, "--split", "train", "--out", tmp_path / "out", "--resume")
+    assert code == 2 and "'split': ('all', 'train')" in error
     shutil.copytree(undisturbed, tmp_path / "foreign")
     (tmp_path / "foreign/meta/sources.jsonl").unlink()
     code, error, _ = run(many, "--out", tmp_path / "foreign", "--resume")
