@@ -345,6 +345,16 @@ def _rotations(columns: dict[str, np.ndarray], all_names: Sequence[str]) -> dict
     return columns
 
 
+def _other_format(root: Path) -> str:
+    """What to type where a folder holds no LeRobot data set."""
+    first = lambda *patterns: next((path.parent for p in patterns for path in root.glob(p)), None)
+    if rlds := first("features.json", "*/features.json", "*.tfrecord*"):
+        return f"this is RLDS, convert it with `python -m data.rlds {rlds} --out runs/data/{root.resolve().name}`"
+    if first("task_info", "*.hdf5", "*/*.hdf5", "*/*/*.hdf5"):
+        return "convert it with `python -m` data.libero, data.egodex or data.agibot, whichever made it"
+    return f"record one with `python franka.py --record 100 --task all --out {root}`, or give another --data"
+
+
 class LeRobotReader:
     """Reads a LeRobot data set, v3.0 or v2.1, into the unified spaces.
 
@@ -363,10 +373,7 @@ class LeRobotReader:
         path, _, mapping = str(source).partition("@")
         self.source, self.root = str(source), Path(path)
         if not (self.root / "meta/info.json").exists():
-            raise InputError(
-                f"no LeRobot data set at {self.root} (no meta/info.json): record one with "
-                f"`python franka.py --record 100 --task all --out {self.root}`, or give another --data"
-            )
+            raise InputError(f"no LeRobot data set at {self.root} (no meta/info.json): {_other_format(self.root)}")
         self.info = self._json(self.root / "meta/info.json", {})
         version = self.info.get("codebase_version", "?")
         if version not in ("v2.0", "v2.1", "v3.0"):
