@@ -117,7 +117,7 @@ def load(path: Path, demo: str, size: tuple[int, int], keep_noops: bool) -> Epis
                 notes.append("steps that command nothing were left out")
         if len(now) < 2:
             raise InputError(f"{len(now)} steps that command something: need at least 2")
-        quaternion = Rotation.from_rotvec(axis).as_quat(canonical=True)
+        quaternion = Rotation.from_rotvec(axis).as_quat()
         width = np.clip((fingers[:, :1] - fingers[:, 1:]) / OPEN_WIDTH, 0, 1)
         state = np.concatenate([position, quaternion, width], 1)
         nodes = {camera: pictures(obs, name, steps, size) for camera, name in CAMERAS.items()}

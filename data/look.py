@@ -219,7 +219,8 @@ def agreement(reader: LeRobotReader, chosen: Sequence[int]) -> str:
             mark = "  <- look at this" if any(c < 0.2 for c in r.values()) else ""
             lines.append(f"  {side} arm: correlation of command and the motion of the next {h} steps: {text}{mark}")
             if share := np.mean(np.concatenate(jumps)):
-                lines.append(f"  {side} arm: the quaternion changes its sign in {share:.1%} of the steps (half turns)")
+                lines.append(f"  {side} arm: the quaternion changes its sign in {share:.1%} of the steps: half a "
+                             f"turn from common.POSTURE")  # fmt: skip
         if {f"{side}_gripper"} <= {*reader.action_names} & {*reader.state_names}:
             command, measured = np.concatenate(grips).T
             means = [f"{measured[w].mean():.2f}" if w.any() else "never" for w in (command > 0.5, command <= 0.5)]

@@ -686,7 +686,7 @@ def load(
         if source.position:
             state.append(columns(source.position))
         if source.rotation:
-            state.append(rotation(columns(source.rotation), source.rotation.kind).as_quat(canonical=True))
+            state.append(rotation(columns(source.rotation), source.rotation.kind).as_quat())
         if source.opening:
             state.append(open_gripper(columns(source.opening)[:, 0], source.opening.kind)[:, None])
         files = {camera: example.get(f"steps/{key}", ()) for camera, key in source.cameras.items()}

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_episode, write_set
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from common import ACTION_NAMES, ARM_STATE, STATE_NAMES, InputError, relative_action
 from data import look, stats
@@ -71,8 +72,12 @@ def test_a_wrong_sign_is_seen(tmp_path, run_look):
     out, _ = run_look(write_set(tmp_path / "wrong", [follower(-1, 0)], fps=5))
     assert "x -1.00" in out and "<- look at this" in out
     assert "measured 0.00 when commanded open, 1.00 when commanded closed" in out
-    # Its tool points down, half a turn from upright: there the sign of the quaternion changes.
-    assert "the quaternion changes its sign" in out
+    assert "the quaternion changes its sign" not in out  # its tool points down, half a turn from upright, and wobbles
+    turning = make_episode(0, n=60)
+    turn = Rotation.from_euler("z", np.linspace(0, -np.pi, 60)[:, None]) * Rotation.from_euler("x", np.pi)
+    turning["state"][:, 3:7] = turn.as_quat()
+    out, _ = run_look(write_set(tmp_path / "turning", [turning], fps=5))
+    assert "the quaternion changes its sign in 1.7% of the steps" in out
 
 
 def test_hands_and_video_without_actions(tmp_path, run_look):
@@ -167,7 +172,8 @@ def test_a_damaged_episode_is_left_out_by_name(dataset, episodes, tmp_path, run_
 
 
 @pytest.mark.parametrize("name, command", [
-    ("features.json", "data.rlds .*/raw "), ("1.0.0/features.json", "data.rlds .*/raw/1.0.0 "), ("x-train.tfrecord-00000-of-00001", "python -m data.rlds"),
+    ("features.json", "data.rlds .*/raw "), ("1.0.0/features.json", "data.rlds .*/raw/1.0.0 "),
+    ("x-train.tfrecord-00000-of-00001", "python -m data.rlds"),
     ("part/task/0.hdf5", "data.libero"),
 ])  # fmt: skip
 def test_what_is_no_lerobot_set_says_how_to_convert_it(tmp_path, run_look, name, command):
