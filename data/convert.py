@@ -52,7 +52,7 @@ class ConvertArgs:
     workers: int = os.cpu_count() or 1
     """processes that read, scale and encode; 0: this one alone (our choice: one for each core)"""
     resume: bool = False
-    """go on after the last episode that --out holds"""
+    """go on after the last episode that --out holds, from the same source and with the same options"""
 
 
 class BrokenSource(InputError):
@@ -213,16 +213,23 @@ def text(attributes: h5py.AttributeManager, key: str) -> str:
     return (value.decode() if isinstance(value, bytes) else str(value)).strip()
 
 
+def check_inside(file: h5py.Group, name: str) -> None:
+    """Raises InputError where a file points to data outside itself, which no recording does."""
+    if file[name].file.filename != file.file.filename or file[name].external or file[name].is_virtual:
+        raise InputError(f"{name} points to data in another file")
+
+
 def numbers(file: h5py.Group, name: str, *shape: int | None) -> np.ndarray:
     """A data set of numbers as float64, of the given shape (None: any length). Raises InputError where it is absent, of
-    another shape, not finite, or where the file points to data outside itself, which no recording does."""
+    another shape, not finite, outside the file, or larger than any recording: a few bytes can stand for terabytes."""
     node = file.get(name)
     if not isinstance(node, h5py.Dataset) or node.dtype.kind not in "fiu":
         raise InputError(f"no numbers at {name}")
-    if node.file.filename != file.file.filename or node.external or node.is_virtual:
-        raise InputError(f"{name} points to data in another file")
+    check_inside(file, name)
     if len(node.shape) != len(shape) or any(w not in (None, n) for w, n in zip(shape, node.shape, strict=True)):
         raise InputError(f"{name} has the shape {node.shape}, expected {tuple('T' if w is None else w for w in shape)}")
+    if node.size > 1 << 27:  # 1 GiB as float64 (our choice)
+        raise InputError(f"{name} has {node.size} values, more than an episode can")
     values = node[()].astype(np.float64)
     if not np.isfinite(values).all():
         raise InputError(f"{name} has NaN or infinite values")

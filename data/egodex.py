@@ -141,6 +141,8 @@ def load(path: Path, size: tuple[int, int], min_confidence: float) -> Episode:
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m data.egodex", description=__doc__)
+    if not 0 <= args.min_confidence <= 1:
+        raise InputError(f"--min-confidence {args.min_confidence:g}: give a number from 0 to 1")
     root, size = Path(args.source), fitted(1080, 1920)
     files = sorted(root.rglob("*.hdf5"))
     if not files:

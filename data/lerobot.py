@@ -201,13 +201,14 @@ class LeRobotWriter:
 
     def _continue(self) -> None:
         old = LeRobotReader(self.root)
-        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera)
+        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera, "v3.0")
         names = tuple(tuple(old.mapping.get(kind) or ()) for kind in ("action", "state"))
-        sizes = {name: tuple(old.info["features"][key]["shape"][:2]) for name, key in old.mapping["images"].items()}
-        there = (*names, sizes, float(old.fps), _CAMERA in old.info["features"])
+        features = old.info["features"]
+        sizes = {name: tuple(features[key].get("shape", ())[:2]) for name, key in old.mapping["images"].items()}
+        there = (*names, sizes, float(old.fps), _CAMERA in features, old.info["codebase_version"])
         if here != there:
-            raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
-                             f"another --out")  # fmt: skip
+            raise InputError(f"{self.root} holds columns, cameras, fps, moving camera and format {there}, not {here}: "
+                             f"choose another --out")  # fmt: skip
         self.tasks, self.subtasks = ({t: i for i, t in texts.items()} for texts in (old.tasks, old.subtasks))
         self.episodes = old.episodes
         self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1

@@ -252,7 +252,7 @@ def main() -> None:
     damaged: dict[int, str] = {}
     drawn = next(sound(reader, range(reader.num_episodes), damaged))[0] if args.episode is None else args.episode
     path = Path(args.out or f"runs/look/{reader.root.resolve().name}_{drawn:06d}.png")
-    if path.suffix != ".png":
+    if path.suffix != ".png" or path.is_dir():
         raise InputError(f"--out {path}: give a file that ends in .png")
     print(overview(reader, drawn))
     wrong = draw(reader, drawn, path)

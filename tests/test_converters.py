@@ -460,6 +460,19 @@ def test_libero_leaves_out_what_commands_nothing(tmp_path, monkeypatch):
     assert LeRobotReader(tmp_path / "all").lengths.tolist() == [9]
 
 
+def test_a_few_bytes_that_stand_for_terabytes(tmp_path):
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        file.create_dataset("x", (10**10, 7), "f8", chunks=(1000, 7))
+        with pytest.raises(InputError, match="x has 70000000000 values, more than an episode can"):
+            convert.numbers(file, "x", None, 7)
+
+
+@pytest.mark.parametrize("value", ["nan", "-0.1", "1.5"])
+def test_a_confidence_is_a_share(tmp_path, monkeypatch, value):
+    with pytest.raises(InputError, match="--min-confidence .*from 0 to 1"):
+        run(egodex, tmp_path, "--out", tmp_path / "out", "--min-confidence", value, monkeypatch=monkeypatch)
+
+
 def test_libero_refuses(tmp_path, monkeypatch):
     source, out = tmp_path / "in", tmp_path / "out"
     write_libero(source / "a_demo.hdf5", [0])
@@ -484,6 +497,10 @@ def test_libero_refuses(tmp_path, monkeypatch):
         libero.find_jobs(source, False)
     with pytest.raises(InputError, match="no .hdf5 files"):
         libero.find_jobs(tmp_path / "nowhere", False)
+    with h5py.File(source / "h_demo.hdf5", "w") as file:
+        file["data"] = 3
+    with pytest.raises(InputError, match="h_demo.hdf5 is no file of LIBERO demonstrations"):
+        libero.find_jobs(source, False)
     (source / "h_demo.hdf5").unlink()
     (source / "a_demo.hdf5").unlink()
     with pytest.raises(InputError, match="none of 6 episodes .* could be converted; the first, .*opencv"):

@@ -184,12 +184,16 @@ def test_what_is_no_lerobot_set_says_how_to_convert_it(tmp_path, run_look, name,
         run_look(tmp_path / "raw")
 
 
-def test_bad_input(dataset, run_look, monkeypatch):
+def test_bad_input(dataset, run_look, monkeypatch, tmp_path):
     for words, text in ((["--episode", "10"], "episodes 0 to 9"), (["--sample", "-1"], "give 1 or more")):
         with pytest.raises(InputError, match=text):
             run_look(dataset, *words)
     monkeypatch.setattr(sys, "argv", ["look", str(dataset), "--out", "x.jpg"])
     with pytest.raises(InputError, match="ends in .png"):
+        look.main()
+    (tmp_path / "x.png").mkdir()
+    monkeypatch.setattr(sys, "argv", ["look", str(dataset), "--out", str(tmp_path / "x.png")])
+    with pytest.raises(InputError, match="give a file"):
         look.main()
 
 
