@@ -115,7 +115,7 @@ def test_writer_refuses(tmp_path, dataset, episodes):
     (tmp_path / "full/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
         LeRobotWriter(tmp_path / "full", cameras=cameras)
-    with pytest.raises(InputError, match="fps .*choose another --out"):
+    with pytest.raises(InputError, match="fps.*choose another --out"):
         LeRobotWriter(dataset, fps=5, cameras=cameras, resume=True)
     with pytest.raises(InputError, match="even"):
         LeRobotWriter(tmp_path / "odd", cameras={"primary": (33, 32)})
