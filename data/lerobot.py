@@ -490,8 +490,9 @@ class LeRobotReader:
         if self.v3 and not path.exists():
             return {}
         if self.v3:  # the text stands in pandas' column of row labels, under whatever name
-            rows = self._parquet(path).to_pylist()
-            rows = [{kind if k != index else k: v for k, v in row.items()} for row in rows]
+            table = self._parquet(path)
+            label = next((c for c in (kind, *table.column_names) if c in table.column_names and c != index), kind)
+            rows = [row | {kind: row[label]} if label in row else row for row in table.to_pylist()]
             schema.check(rows, wanted, str(path))
         else:
             rows = self._json(path, wanted, lines=True)
@@ -627,7 +628,8 @@ class LeRobotReader:
     def _poses(self, table: pa.Table, i: int) -> np.ndarray:
         """The moving camera's poses (n, 7)."""
         poses = self._array(table, _CAMERA, i)
-        if poses.shape[1] != 7 or not (np.abs(np.linalg.norm(poses[:, 3:], axis=1) - 1) < 0.05).all():
+        turns = np.abs(np.linalg.norm(poses[:, 3:], axis=1) - 1) < 0.05
+        if poses.shape[1] != 7 or not (np.isfinite(poses).all() and turns.all()):
             raise DamagedEpisode(f"{self.source}: {_CAMERA} in episode {i} is no list of poses: leave it out")
         return poses
 

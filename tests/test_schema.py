@@ -150,6 +150,29 @@ def test_table_of_an_episode(v3, name, values, text):
         LeRobotReader(v3).episode(0)
 
 
+def test_a_table_with_a_column_twice(v3):
+    path = v3 / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("action", table["action"]), path)
+    with pytest.raises(InputError, match="file-000.parquet"):
+        LeRobotReader(v3).episode(0)
+
+
+def test_poses_of_a_moving_camera(v3):
+    """Seven finite numbers with a quaternion, or the episode is damaged."""
+    path = v3 / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    rewrite(v3 / "meta/info.json", lambda i: i["features"].update({"observation.camera": {"shape": [7]}}))
+    good = [0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 1.0]
+    for row, fine in ((good, True), (good[:6], False), ([float("nan"), *good[1:]], False), ([*good[:6], 2.0], False)):
+        pq.write_table(table.append_column("observation.camera", pa.array([row] * len(table))), path)
+        if fine:
+            assert LeRobotReader(v3).episode(0)["camera"].shape == (18, 7)
+        else:
+            with pytest.raises(DamagedEpisode, match="observation.camera in episode 0 is no list of poses"):
+                LeRobotReader(v3).episode(0)
+
+
 def test_rows_of_an_episode_need_not_lie_together(v3, episodes):
     path = v3 / "data/chunk-000/file-000.parquet"
     table = pq.read_table(path)
@@ -166,9 +189,11 @@ def test_texts_are_found_by_their_number(v3):
     replaced(data, "task_index", np.where(np.array(table["task_index"]) == 1, 7, 0))
     reader = LeRobotReader(v3)
     assert [reader.episode(i)["task"] for i in (0, 1)] == ["pick up the red cup", "wave"]
+    pq.write_table(pa.table({"kind": ["x", "y"], "task_index": [7, 0], "task": ["wave", "lift"]}), path)
+    assert LeRobotReader(v3).tasks == {7: "wave", 0: "lift"}
     for columns, text in (
         ({"task_index": [0, 0], "t": ["a", "b"]}, "task_index 0 twice"), ({"i": [0], "t": ["a"]}, "lacks task_index"),
-        ({"task_index": [0]}, "lacks task"), ({"task_index": [0], "t": [5]}, "task is 5"),
+        ({"task_index": [0]}, "lacks task$|lacks task;"), ({"task_index": [0], "t": [5]}, "task is 5"),
     ):  # fmt: skip
         pq.write_table(pa.table(columns), path)
         refused(v3, text)
