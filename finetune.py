@@ -339,7 +339,7 @@ class Policy:
         m, device = self.model, self.process.device
         pixels = torch.stack([common.prepare_images(images[c], m.student.image_size) for c in self.cameras], 1)
         for qw in (i for i, n in enumerate(STATE_NAMES) if n.endswith("qw")):
-            state[:, qw - 3 : qw + 1] *= np.where(state[:, qw : qw + 1] < 0, -1, 1)  # w >= 0, as the reader has it
+            state[:, qw - 3 : qw + 1] = common.canonical(state[:, qw - 3 : qw + 1])  # as the reader has it
         norm = m.state_norm.normalize(torch.from_numpy(state).to(device))
         norm = torch.where(m.state_mask, norm, 0.0)
         with torch.autocast(device.type, self.process.dtype, enabled=self.process.dtype != torch.float32):

@@ -11,11 +11,10 @@ Reads: a policy of finetune.py (`--policy PATH`). Writes: `<out>/<task>/results.
 
 Conventions (golden tests in tests/test_franka.py):
 - Tool frame: its origin lies between the fingertips, and its axes are the base's axes when the gripper points down (x
-  forward, y left, z up): the hand's own frame turned half around x. So quaternions stay near (0, 0, 0, 1), away from
-  w = 0, where the canonical sign would flip.
+  forward, y left, z up): the hand's own frame turned half around x. So quaternions stay near (0, 0, 0, 1).
 - Action (7,) = common.ARM_ACTION: move the tool by dp (metres, base frame) and by extrinsic xyz Euler angles (radians,
   base frame) from the pose measured *now*; gripper 1 opens, 0 closes.
-- State (8,) = common.ARM_STATE: position, quaternion xyzw with w >= 0, opening in [0, 1].
+- State (8,) = common.ARM_STATE: position, quaternion xyzw (common.canonical), opening in [0, 1].
 
 Where we depart from the paper, or fill in what it does not say:
 1. The paper's robot is real, with human demonstrations. Here both are simulated: scenes of primitives with the idea
@@ -313,10 +312,10 @@ class SimFranka:
     # ---- Control ----
 
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,) with w >= 0."""
+        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,)."""
         quat = np.empty(4)
         self.mj.mju_mat2Quat(quat, self.data.site_xmat[self.tool])
-        return self.data.site_xpos[self.tool].copy(), (quat if quat[0] >= 0 else -quat)[[1, 2, 3, 0]]
+        return self.data.site_xpos[self.tool].copy(), common.canonical(quat[[1, 2, 3, 0]])
 
     def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
         """Drives the tool to a pose within one tick, as far as the joints' speed allows."""

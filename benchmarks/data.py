@@ -131,6 +131,7 @@ def converted(source: Path, out: Path, limit: int) -> tuple[int, float]:
 
 def write_lerobot(root: Path, args: Args, pixels: int, codec: str) -> Path:
     """A LeRobot data set whose pictures are h264 or av1."""
+    os.environ.setdefault("SVT_LOG", "1")  # errors alone: the AV1 encoder talks to stderr by itself
     rng = np.random.default_rng(0)
     with LeRobotWriter(root, cameras={"primary": (pixels, pixels)}) as writer:
         for seed in range(args.episodes):

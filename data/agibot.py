@@ -108,7 +108,6 @@ def load(root: Path, task_id: str, entry: dict, size: tuple[int, int]) -> Episod
         measured = 1 - np.clip((numbers(file, "state/effector/position", steps, 2) - OPEN) / (CLOSED - OPEN), 0, 1)
         opening, notes = gripper_commands(file, measured)
     quaternion = quaternion / np.linalg.norm(quaternion, axis=-1, keepdims=True)
-    quaternion *= np.where(quaternion[..., 3:] < 0, -1, 1)
     motion = relative_action(position[:-1], quaternion[:-1], position[1:], quaternion[1:])  # (T-1, 2, 6)
     action = np.concatenate([motion, opening[:-1, :, None]], -1).reshape(-1, 14)
     state = np.concatenate([position, quaternion, measured[..., None]], -1).reshape(-1, 16)

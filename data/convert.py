@@ -7,7 +7,8 @@
 
     OUT/meta/sources.jsonl      the key of each episode written, line by line: where it came from, and what `--resume`
                                 leaves out. Files that were added to the source since then are converted, too
-    OUT/meta/skipped.json       the episodes that were refused, and why: tried again by `--resume`
+    OUT/meta/conversion.json    the source and the options: `--resume` goes on with the same, and refuses others
+OUT/meta/skipped.json       the episodes that were refused, and why: tried again by `--resume`
 
 A line is written before its episode, and lines without an episode are dropped: whenever the process dies, an episode is
 in the data set and known, or neither. A source that is itself damaged (`BrokenSource`) stops the conversion there.
@@ -32,7 +33,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from common import InputError, at_least, write_json
+from common import InputError, at_least, read_json, write_json
 from data.lerobot import Clip, LeRobotWriter
 
 SIZE = 448  # longer side of a converted picture in pixels: what the full run's encoder sees (our choice)
@@ -51,7 +52,7 @@ class ConvertArgs:
     workers: int = os.cpu_count() or 1
     """processes that read, scale and encode; 0: this one alone (our choice: one for each core)"""
     resume: bool = False
-    """go on after the last episode that --out holds"""
+    """go on after the last episode that --out holds, from the same source and with the same options"""
 
 
 class BrokenSource(InputError):
@@ -74,6 +75,7 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
     at_least(args, limit=0, workers=0)
     meta, before, done = writer.root / "meta", writer.num_episodes, sources(writer)
     meta.mkdir(parents=True, exist_ok=True)
+    claim(writer, args)
     partial = meta / "sources.jsonl.partial"
     partial.write_text("".join(json.dumps(key) + "\n" for key in done))
     os.replace(partial, meta / "sources.jsonl")
@@ -119,6 +121,22 @@ def convert(jobs: dict[str, tuple], load: Callable[..., Episode], writer: LeRobo
         + (f", listed in {meta / 'skipped.json'}" if skipped else "")
         + "".join(f"\n  {n} episodes: {note}" for note, n in notes.most_common())
     )
+
+
+def claim(writer: LeRobotWriter, args: ConvertArgs) -> None:
+    """Notes where a data set comes from and with which options. Raises InputError where it has episodes of another
+    source, whose names may be the same, or that other options made."""
+    path = writer.root / "meta/conversion.json"
+    told = {k: v for k, v in vars(args).items() if k not in ("out", "limit", "workers", "resume")}
+    now = json.loads(json.dumps(told | {"source": str(Path(args.source).resolve())}))
+    if writer.num_episodes:
+        then = read_json(path)
+        if then != now:
+            then = then if isinstance(then, dict) else {}
+            changed = {k: (then.get(k), now.get(k)) for k in then | now if then.get(k) != now.get(k)}
+            raise InputError(f"{writer.root} was converted from another source or with other options, (then, now) "
+                             f"{changed}: choose another --out, or correct {path} if it only moved")  # fmt: skip
+    write_json(path, now)
 
 
 def sources(writer: LeRobotWriter) -> list[str]:
@@ -195,16 +213,23 @@ def text(attributes: h5py.AttributeManager, key: str) -> str:
     return (value.decode() if isinstance(value, bytes) else str(value)).strip()
 
 
+def check_inside(file: h5py.Group, name: str) -> None:
+    """Raises InputError where a file points to data outside itself, which no recording does."""
+    if file[name].file.filename != file.file.filename or file[name].external or file[name].is_virtual:
+        raise InputError(f"{name} points to data in another file")
+
+
 def numbers(file: h5py.Group, name: str, *shape: int | None) -> np.ndarray:
     """A data set of numbers as float64, of the given shape (None: any length). Raises InputError where it is absent, of
-    another shape, not finite, or where the file points to data outside itself, which no recording does."""
+    another shape, not finite, outside the file, or larger than any recording: a few bytes can stand for terabytes."""
     node = file.get(name)
     if not isinstance(node, h5py.Dataset) or node.dtype.kind not in "fiu":
         raise InputError(f"no numbers at {name}")
-    if node.file.filename != file.file.filename or node.external or node.is_virtual:
-        raise InputError(f"{name} points to data in another file")
+    check_inside(file, name)
     if len(node.shape) != len(shape) or any(w not in (None, n) for w, n in zip(shape, node.shape, strict=True)):
         raise InputError(f"{name} has the shape {node.shape}, expected {tuple('T' if w is None else w for w in shape)}")
+    if node.size > 1 << 27:  # 1 GiB as float64 (our choice)
+        raise InputError(f"{name} has {node.size} values, more than an episode can")
     values = node[()].astype(np.float64)
     if not np.isfinite(values).all():
         raise InputError(f"{name} has NaN or infinite values")

@@ -82,7 +82,7 @@ def unify(description: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     time step to the next, and the states (N, 44) in the order of HAND_STATE."""
     hands = description.reshape(len(description), 2, 24)
     position, tips = hands[..., :3], hands[..., 9:].reshape(len(hands), 30)
-    quaternion = Rotation.from_matrix(from_6d(hands[..., 3:9]).reshape(-1, 3, 3)).as_quat(canonical=True)
+    quaternion = Rotation.from_matrix(from_6d(hands[..., 3:9]).reshape(-1, 3, 3)).as_quat()
     quaternion = quaternion.reshape(len(hands), 2, 4)
     motion = relative_action(position[:-1], quaternion[:-1], position[1:], quaternion[1:])  # (N-1, 2, 6)
     action = np.concatenate([motion.reshape(-1, 12), tips[1:] - tips[:-1]], 1)
@@ -128,7 +128,7 @@ def load(path: Path, size: tuple[int, int], min_confidence: float) -> Episode:
             raise InputError(f"transforms/{name} is no rigid motion")
     action, state = unify(describe(joints, camera[0]))
     seen = np.linalg.inv(camera[0]) @ camera[:-1]
-    poses = np.concatenate([seen[:, :3, 3], Rotation.from_matrix(seen[:, :3, :3]).as_quat(canonical=True)], 1)
+    poses = np.concatenate([seen[:, :3, 3], Rotation.from_matrix(seen[:, :3, :3]).as_quat()], 1)
     clip = transcode(path.with_suffix(".mp4"), len(camera), size, HZ, drop_last=1)
     data: dict[str, Any] = {"frames": {"primary": clip}, "action": action, "state": state[:-1]}
     return Episode(data | {"task": task, "camera": poses}, notes)
@@ -141,6 +141,8 @@ def load(path: Path, size: tuple[int, int], min_confidence: float) -> Episode:
 
 def main() -> None:
     args = tyro.cli(Args, prog="python -m data.egodex", description=__doc__)
+    if not 0 <= args.min_confidence <= 1:
+        raise InputError(f"--min-confidence {args.min_confidence:g}: give a number from 0 to 1")
     root, size = Path(args.source), fitted(1080, 1920)
     files = sorted(root.rglob("*.hdf5"))
     if not files:

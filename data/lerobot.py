@@ -1,4 +1,4 @@
-"""LeRobot data sets: writer (v3.0), reader (v2.1 and v3.0), and their statistics.
+"""LeRobot data sets: writer (v3.0) and reader (v2.1 and v3.0).
 
     <data set>/meta/info.json, stats.json, tasks.parquet, episodes/...     format, columns, statistics, list of episodes
     <data set>/data/chunk-000/file-000.parquet                             numbers, one row a frame
@@ -42,12 +42,11 @@ from common import (
     prepare_images,
     relative_action,
     scatter,
-    seen_from,
-    strided_actions,
     write_json,
 )
+from data import schema
+from data.quantiles import ACTION, RATES, STATE, DatasetStatistics, action_key, stride_for
 
-_ACTION, _STATE = "action", "observation.state"  # LeRobot's columns, and the keys of their statistics
 _IMAGE = "observation.images."
 _CAMERA = "observation.camera"  # where the camera moves: its pose, 7 numbers, in the frame of action and state
 _CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
@@ -55,140 +54,6 @@ _CHUNK = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 
 class DamagedEpisode(InputError):
     """One episode cannot be read; the others may well be. Training passes over it and counts it (`Windows.draw`)."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Statistics: what the normaliser needs
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def stride_for(fps: float, hz: float) -> int:
-    """How many frames of a data set a step of a window at `hz` spans; 1 for slower data, which keep their own rate."""
-    return max(1, round(fps / hz))
-
-
-RATES = (10.0, 5.0)  # Hz of the full run's and of --small's windows: a written data set has statistics for both
-
-
-class Statistics:
-    """LeRobot's statistics of rows (N, width) that come in parts and need not fit in memory: min, max, mean, std, count
-    and the quantiles 1 and 99 %, of each column by itself.
-
-    Quantiles are exact up to 2 KEEP rows. From then on 2 KEEP values are sorted and every other one is dropped, the
-    rest counting twice; their like is thinned again to count four times, and so on (Munro and Paterson's selection with
-    limited storage). N rows take log2(N / KEEP) levels, each of which displaces a rank by at most N / (2 KEEP); as the
-    lower and the upper of a pair are dropped by turns, it is far less in practice."""
-
-    KEEP = 1 << 14
-
-    def __init__(self, width: int):
-        self.width = width
-        self.count, self.mean, self.moment = np.zeros(width, np.int64), np.zeros(width), np.zeros(width)
-        self.low, self.high = np.full(width, np.inf), np.full(width, -np.inf)
-        self.levels: list[list[np.ndarray]] = [[] for _ in range(width)]  # [column][h]: values that count 2**h times
-        self.thinned: list[list[int]] = [[] for _ in range(width)]  # how often, for the turns
-
-    def add(self, values: np.ndarray, mask: np.ndarray | None = None) -> None:
-        """Takes in rows (N, width); of those, with a mask (N, width), only the entries that are True."""
-        values = np.asarray(values)
-        for d in range(self.width):
-            column = values[:, d] if mask is None else values[mask[:, d], d]
-            if len(column):
-                wide = column.astype(np.float64)
-                mean = wide.mean()
-                self._moments(d, len(wide), mean, ((wide - mean) ** 2).sum(), wide.min(), wide.max())
-                self._push(d, 0, column.astype(np.float32))
-
-    def merge(self, other: "Statistics") -> None:
-        """Takes in the rows of another one, say those of another shard."""
-        for d in range(self.width):
-            if other.count[d]:
-                self._moments(d, other.count[d], other.mean[d], other.moment[d], other.low[d], other.high[d])
-            for h, values in enumerate(other.levels[d]):
-                self._push(d, h, values)
-
-    def _moments(self, d: int, n: int, mean: float, moment: float, low: float, high: float) -> None:
-        """Mean and sum of squared deviations of a union (Chan et al.)."""
-        total, away = self.count[d] + n, mean - self.mean[d]
-        self.moment[d] += moment + away * away * self.count[d] * n / total
-        self.mean[d] += away * n / total
-        self.count[d] = total
-        self.low[d], self.high[d] = min(self.low[d], low), max(self.high[d], high)
-
-    def _push(self, d: int, h: int, values: np.ndarray) -> None:
-        levels, thinned = self.levels[d], self.thinned[d]
-        if len(levels) == h:
-            levels.append(np.empty(0, np.float32))
-            thinned.append(0)
-        levels[h] = np.concatenate([levels[h], values])
-        while len(levels[h]) >= 2 * self.KEEP:
-            block, levels[h] = np.sort(levels[h][: 2 * self.KEEP]), levels[h][2 * self.KEEP :]
-            thinned[h] += 1
-            self._push(d, h + 1, block[thinned[h] % 2 :: 2])
-
-    def quantile(self, q: float) -> np.ndarray:
-        """The quantile q of each column (width,), interpolated as numpy does."""
-        out = np.empty(self.width)
-        for d, levels in enumerate(self.levels):
-            weights = np.repeat(2 ** np.arange(len(levels)), [len(v) for v in levels])
-            values = np.concatenate(levels).astype(np.float64)
-            order = np.argsort(values, kind="stable")
-            values, weights = values[order], weights[order]
-            ranks = np.cumsum(weights) - (weights + 1) / 2  # of the middle of the rows that a value stands for
-            out[d] = np.interp(q * (self.count[d] - 1), ranks, values)
-        return out
-
-    def result(self) -> dict[str, list]:
-        """min, max, mean, std, q01 and q99 per column, and count. Raises InputError for a column without rows."""
-        if not self.count.all():
-            raise InputError(f"no values for columns {np.flatnonzero(self.count == 0).tolist()} of {self.width}")
-        out = {"min": self.low, "max": self.high, "mean": self.mean, "std": np.sqrt(self.moment / self.count)}
-        out |= {"q01": self.quantile(0.01), "q99": self.quantile(0.99)}
-        return {k: v.tolist() for k, v in out.items()} | {"count": [int(self.count.max())]}
-
-
-def quantile_stats(values: np.ndarray) -> dict[str, list]:
-    """The statistics of rows (N, D) that are all there."""
-    total = Statistics(np.shape(values)[1])
-    total.add(values)
-    return total.result()
-
-
-class DatasetStatistics:
-    """The statistics of a data set, episode by episode, by the keys of its meta/stats.json: `observation.state`,
-    `action`, and `action.stride<N>` for actions composed over N steps, which windows at a lower rate consist of. Every
-    frame counts once: all windows that `Windows` can draw start somewhere, and each start has one action."""
-
-    def __init__(self, action_names: Sequence[str], state_names: Sequence[str], strides: Sequence[int]):
-        self.action_names, self.state_names, self.strides = action_names, state_names, sorted({1, *strides})
-        self.totals = {action_key(n): Statistics(len(action_names)) for n in self.strides if action_names}
-        self.totals |= {_STATE: Statistics(len(state_names))} if state_names else {}
-
-    def add(self, episode: dict[str, Any]) -> None:
-        """Takes in an episode as `LeRobotReader.episode` returns it, as seen from its camera where that moves."""
-        camera, state = episode.get("camera"), episode["state"]
-        if self.state_names:
-            seen = state if camera is None else seen_from(camera, episode["action"], state)[1]
-            self.totals[_STATE].add(gather(seen, self.state_names, STATE_NAMES))
-        for n in self.strides if self.action_names else ():
-            starts = np.arange(max(0, episode["steps"] - n + 1))
-            actions = strided_actions(episode, starts, n)
-            if camera is not None:
-                actions = seen_from(camera[starts], actions, state[starts])[0]
-            self.totals[action_key(n)].add(gather(actions, self.action_names, ACTION_NAMES))
-
-    def merge(self, other: "DatasetStatistics") -> None:
-        for key, total in self.totals.items():
-            total.merge(other.totals[key])
-
-    def result(self) -> dict[str, dict]:
-        """By key; a stride that is longer than every episode has none."""
-        return {key: total.result() for key, total in self.totals.items() if total.count.all()}
-
-
-def action_key(stride: int) -> str:
-    """The name of the statistics of actions composed over `stride` steps."""
-    return _ACTION if stride == 1 else f"{_ACTION}.stride{stride}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -336,20 +201,20 @@ class LeRobotWriter:
 
     def _continue(self) -> None:
         old = LeRobotReader(self.root)
-        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera)
+        here = (self.action_names, self.state_names, self.cameras, float(self.fps), self.moving_camera, "v3.0")
         names = tuple(tuple(old.mapping.get(kind) or ()) for kind in ("action", "state"))
-        sizes = {name: tuple(old.info["features"][key]["shape"][:2]) for name, key in old.mapping["images"].items()}
-        there = (*names, sizes, float(old.fps), _CAMERA in old.info["features"])
+        features = old.info["features"]
+        sizes = {name: tuple(features[key].get("shape", ())[:2]) for name, key in old.mapping["images"].items()}
+        there = (*names, sizes, float(old.fps), _CAMERA in features, old.info["codebase_version"])
         if here != there:
-            raise InputError(f"{self.root} holds columns, cameras, fps and moving camera {there}, not {here}: choose "
-                             f"another --out")  # fmt: skip
-        self.tasks = {t: i for i, t in enumerate(old.tasks)}
-        self.subtasks = {t: i for i, t in enumerate(old.subtasks)}
+            raise InputError(f"{self.root} holds columns, cameras, fps, moving camera and format {there}, not {here}: "
+                             f"choose another --out")  # fmt: skip
+        self.tasks, self.subtasks = ({t: i for i, t in texts.items()} for texts in (old.tasks, old.subtasks))
         self.episodes = old.episodes
         self.file = self.episodes[-1]["data/chunk_index"] * 1000 + self.episodes[-1]["data/file_index"] + 1
         for i in tqdm(range(old.num_episodes), "statistics so far", unit="episode", mininterval=1, leave=False):
             self.statistics.add(old.episode(i))
-        if old.info["total_episodes"] != len(self.episodes):
+        if old.info.get("total_episodes") != len(self.episodes):
             self._write_meta()  # the kill fell between the list of episodes and the rest of the metadata
 
     def add_episode(
@@ -416,7 +281,7 @@ class LeRobotWriter:
         while self.videos:
             self.videos.popitem()[1].close()
         lists = {}
-        for k, (key, names) in enumerate(((_ACTION, self.action_names), (_STATE, self.state_names))):
+        for k, (key, names) in enumerate(((ACTION, self.action_names), (STATE, self.state_names))):
             if names:
                 values = np.concatenate([p[k] for p in self.pending])
                 lists[key] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), len(names))
@@ -439,7 +304,7 @@ class LeRobotWriter:
         write_json(meta / "stats.json", self.statistics.result())
         features: dict[str, dict] = {
             key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
-            for key, names in ((_ACTION, self.action_names), (_STATE, self.state_names))
+            for key, names in ((ACTION, self.action_names), (STATE, self.state_names))
             if names
         }
         if self.moving_camera:
@@ -481,6 +346,16 @@ def _rotations(columns: dict[str, np.ndarray], all_names: Sequence[str]) -> dict
     return columns
 
 
+def _other_format(root: Path) -> str:
+    """What to type where a folder holds no LeRobot data set."""
+    first = lambda *patterns: next((path.parent for p in patterns for path in root.glob(p)), None)
+    if rlds := first("features.json", "*/features.json", "*.tfrecord*"):
+        return f"this is RLDS, convert it with `python -m data.rlds {rlds} --out runs/data/{root.resolve().name}`"
+    if first("task_info", "*.hdf5", "*/*.hdf5", "*/*/*.hdf5"):
+        return "convert it with `python -m` data.libero, data.egodex or data.agibot, whichever made it"
+    return f"record one with `python franka.py --record 100 --task all --out {root}`, or give another --data"
+
+
 class LeRobotReader:
     """Reads a LeRobot data set, v3.0 or v2.1, into the unified spaces.
 
@@ -499,16 +374,12 @@ class LeRobotReader:
         path, _, mapping = str(source).partition("@")
         self.source, self.root = str(source), Path(path)
         if not (self.root / "meta/info.json").exists():
-            raise InputError(
-                f"no LeRobot data set at {self.root} (no meta/info.json): record one with "
-                f"`python franka.py --record 100 --task all --out {self.root}`, or give another --data"
-            )
-        self.info = self._json(self.root / "meta/info.json")
+            raise InputError(f"no LeRobot data set at {self.root} (no meta/info.json): {_other_format(self.root)}")
+        self.info = self._json(self.root / "meta/info.json", {})
         version = self.info.get("codebase_version", "?")
         if version not in ("v2.0", "v2.1", "v3.0"):
             raise InputError(f"{self.root}: LeRobot format {version} is not supported (v2.1 and v3.0 are)")
-        if lacking := sorted({"fps", "features", "data_path", "video_path"} - set(self.info)):
-            raise InputError(f"{self.root}/meta/info.json lacks {lacking}: copy the data set again")
+        schema.check(self.info, schema.info(version), f"{self.root}/meta/info.json")
         self.v3, self.fps = version == "v3.0", float(self.info["fps"])
         self.mapping, self.mapping_path = self._load_mapping(mapping)
         self._check_columns()
@@ -520,12 +391,15 @@ class LeRobotReader:
 
     # -- metadata -------------------------------------------------------------------------------------------------
 
-    def _json(self, path: Path, lines: bool = False) -> Any:
+    def _json(self, path: Path, wanted: Any, lines: bool = False) -> Any:
+        """The content of a JSON file, or of one with a value in each line, by its schema."""
         try:
             text = path.read_text()
-            return [json.loads(row) for row in text.splitlines() if row.strip()] if lines else json.loads(text)
-        except (OSError, json.JSONDecodeError) as error:
+            value = [json.loads(row) for row in text.splitlines() if row.strip()] if lines else json.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
+        schema.check(value, wanted, str(path))
+        return value
 
     def _load_mapping(self, name: str) -> tuple[dict, Path | None]:
         features = self.info["features"]
@@ -535,15 +409,19 @@ class LeRobotReader:
             if path is None:
                 known = sorted(p.stem for p in folder.glob("*.json"))
                 raise InputError(f"no mapping {name!r}: give a JSON file or one of {known} after {self.root}@")
-            mapping = self._json(path)
-            if not isinstance(mapping, dict):
-                raise InputError(f"{path} is no mapping: a JSON object like data/mappings/sim_pick_place.json is one")
-            return mapping, path
+            return self._json(path, schema.MAPPING), path
         named: dict[str, Any] = {"images": {k.removeprefix(_IMAGE): k for k in features if k.startswith(_IMAGE)}}
-        for key, kind in ((_STATE, "state"), (_ACTION, "action")):
-            names = (features.get(key) or {}).get("names")
-            names = names.get("motors", names) if isinstance(names, dict) else names
-            named[kind] = {n: {"column": key, "index": i} for i, n in enumerate(names or [])}
+        for key, kind in ((STATE, "state"), (ACTION, "action")):
+            feature, where = features.get(key, {}), f"{self.root}/meta/info.json: {key}"
+            names = feature.get("names") or []
+            names = names.get("motors", list(names)) if isinstance(names, dict) else names
+            schema.check(names, [schema.TEXT], f"{where}.names")
+            schema.check_unique(names, "names", where)
+            width = math.prod(feature["shape"]) if "shape" in feature else "?"
+            if names and len(names) != width:
+                raise InputError(f"{where} has {len(names)} names for {width} columns: correct names or shape")
+            named[kind] = {n: {"column": key, "index": i} for i, n in enumerate(names)}
+        schema.check(named, schema.MAPPING, f"{self.root}/meta/info.json")
         return named, None
 
     def _check_columns(self) -> None:
@@ -553,7 +431,7 @@ class LeRobotReader:
             hint = f"{self.mapping_path} must name some of the columns {sorted(features)}"
         video_only = self.info.get("action_free") or (self.mapping_path and m.get("state") == m.get("action") == {})
         if not (m.get("state") or m.get("action") or video_only):
-            raise InputError(f"{self.source}: neither `{_STATE}` nor `{_ACTION}` with names in meta/info.json; {hint}")
+            raise InputError(f"{self.source}: neither `{STATE}` nor `{ACTION}` with names in meta/info.json; {hint}")
         own = {}
         for kind, names in (("state", STATE_NAMES), ("action", ACTION_NAMES), ("target", STATE_NAMES)):
             own[kind] = tuple(_rotations({n: np.zeros(1) for n in m.get(kind) or {}}, names))
@@ -577,16 +455,19 @@ class LeRobotReader:
         return [n for n in ACTION_NAMES if (n in later if n.endswith("gripper") else known(n))]
 
     def _load_meta(self) -> None:
-        meta = self.root / "meta"
+        meta, cameras = self.root / "meta", self.mapping["images"].values()
+        listed = schema.episodes(self.info["codebase_version"], cameras)
         if self.v3:
             files = sorted((meta / "episodes").rglob("*.parquet"))
             if not files or not (meta / "tasks.parquet").exists():
                 raise InputError(f"{self.source}: meta/episodes or meta/tasks.parquet is absent: copy it again")
-            rows = [row for f in files for row in self._parquet(f).to_pylist()]
-            self.tasks, self.subtasks = (self._texts(meta / f"{k}s.parquet", f"{k}_index") for k in ("task", "subtask"))
+            rows, where = [row for f in files for row in self._parquet(f).to_pylist()], meta / "episodes"
+            schema.check(rows, listed, str(where))
+            self.tasks, self.subtasks = (self._texts(meta / f"{kind}s.parquet", kind) for kind in ("task", "subtask"))
         else:
-            rows, tasks = (self._json(meta / f"{k}.jsonl", lines=True) for k in ("episodes", "tasks"))
-            self.tasks, self.subtasks = [t["task"] for t in sorted(tasks, key=lambda t: t["task_index"])], []
+            rows, where = self._json(meta / "episodes.jsonl", listed, lines=True), meta / "episodes.jsonl"
+            self.tasks, self.subtasks = self._texts(meta / "tasks.jsonl", "task"), {}
+        schema.check_unique((row["episode_index"] for row in rows), "episode", str(where))
         self.episodes = sorted(rows, key=lambda r: r["episode_index"])
         self.num_episodes = len(self.episodes)
         if not self.num_episodes:
@@ -594,20 +475,29 @@ class LeRobotReader:
         self.lengths = np.array([r["length"] for r in self.episodes])
         # A mapped data set's own statistics describe its own columns, so only the mapping's will do.
         path = meta / "stats.json"
-        self.stats = self.mapping.get("stats", {}) if self.mapping_path else self._json(path) if path.exists() else {}
+        own = self._json(path, schema.STATS) if path.exists() and not self.mapping_path else {}
+        self.stats = self.mapping.get("stats", {}) if self.mapping_path else own
 
     def _parquet(self, path: Path) -> pa.Table:
         try:
             return pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
 
-    def _texts(self, path: Path, index: str) -> list[str]:
-        if not path.exists():
-            return []
-        table = self._parquet(path).to_pydict()
-        text = next(v for k, v in table.items() if k != index)
-        return [t for _, t in sorted(zip(table[index], text, strict=True))]
+    def _texts(self, path: Path, kind: str) -> dict[int, str]:
+        """The texts of tasks or subtasks by their numbers."""
+        wanted, index = schema.texts(kind), f"{kind}_index"
+        if self.v3 and not path.exists():
+            return {}
+        if self.v3:  # the text stands in pandas' column of row labels, under whatever name
+            table = self._parquet(path)
+            label = next((c for c in (kind, *table.column_names) if c in table.column_names and c != index), kind)
+            rows = [row | {kind: row[label]} if label in row else row for row in table.to_pylist()]
+            schema.check(rows, wanted, str(path))
+        else:
+            rows = self._json(path, wanted, lines=True)
+        schema.check_unique((row[index] for row in rows), index, str(path))
+        return {row[index]: row[kind] for row in rows}
 
     def normalizers(self, stride: int = 1) -> tuple[Normalizer, Normalizer]:
         """The action's and the state's normaliser. Composed actions (stride > 1) have statistics of their own.
@@ -615,7 +505,7 @@ class LeRobotReader:
         Raises InputError, naming the command that computes them, when the statistics are missing."""
         none = {"q01": [], "q99": []}  # of video without actions
         action = self.stats.get(action_key(stride)) if self.action_names else none
-        state = self.stats.get(_STATE) if self.state_names else none
+        state = self.stats.get(STATE) if self.state_names else none
         hint = self.source if stride == 1 else f"{self.source} --stride {stride}"
         return (
             Normalizer.from_stats(action, self.action_names, ACTION_NAMES, hint),
@@ -636,21 +526,22 @@ class LeRobotReader:
                 lacking = sorted(wanted - set(names))
                 if lacking:
                     raise InputError(f"{path} lacks the columns {lacking}: convert the data set again")
-                wanted |= {"subtask_index"} & set(names)
+                wanted |= {"subtask_index", "timestamp"} & set(names)
                 self._tables[str(path)] = pq.read_table(path, columns=sorted(wanted))
-            except (OSError, pa.ArrowInvalid) as error:
+            except (OSError, pa.ArrowException) as error:
                 raise DamagedEpisode(f"cannot read {path} of {self.source}: {error}; copy the file again") from None
             while len(self._tables) > 16:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(str(path))
         table = self._tables[str(path)]
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == row["episode_index"])
+        index = table["episode_index"]
+        rows = np.flatnonzero(index.to_numpy() == row["episode_index"]) if not pa.types.is_nested(index.type) else []
         if len(rows) != row["length"]:
             raise DamagedEpisode(
                 f"{path} holds {len(rows)} of the {row['length']} steps of episode {row['episode_index']} of "
                 f"{self.source}: copy the data set again"
             )
-        return table.slice(rows[0], len(rows))
+        return table.take(rows)
 
     def _place(self, row: dict, key: str) -> dict[str, int]:
         """What fills in the path of an episode's data or video."""
@@ -659,25 +550,35 @@ class LeRobotReader:
         e = row["episode_index"]
         return {"episode_chunk": e // self.info.get("chunks_size", 1000), "episode_index": e}
 
-    @staticmethod
-    def _array(column: pa.ChunkedArray) -> np.ndarray:
+    def _array(self, table: pa.Table, name: str, i: int) -> np.ndarray:
         """A column of numbers or of lists of numbers as float64 (n, width); a null becomes NaN."""
-        array = column.combine_chunks()
-        if array.null_count and hasattr(array.type, "value_type"):
-            raise ValueError("a row is missing")
-        flat = array.flatten() if hasattr(array.type, "value_type") else array
-        return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(column), -1)
+        array = table[name].combine_chunks()
+        try:
+            if array.null_count and hasattr(array.type, "value_type"):
+                raise ValueError("a row is missing")
+            flat = array.flatten() if hasattr(array.type, "value_type") else array
+            return flat.to_numpy(zero_copy_only=False).astype(np.float64).reshape(len(table), -1)
+        except (ValueError, TypeError, pa.ArrowException):
+            why = "has rows that are no numbers, or of unequal length"
+            raise DamagedEpisode(f"{self.source}: {name} in episode {i} {why}: leave it out") from None
+
+    def _check_clock(self, table: pa.Table, i: int) -> None:
+        """Raises DamagedEpisode where the table's timestamps tell another rate than meta/info.json. Real clocks jitter
+        (then the mean step is right) and pause (then the median is): both must be off by 5 % (our choice). One that
+        stands still says nothing."""
+        if "timestamp" in table.column_names and pa.types.is_floating(table["timestamp"].type) and len(table) > 1:
+            steps = np.diff(self._array(table, "timestamp", i)[:, 0])
+            step = np.median(steps)
+            if step > 0 and all(abs(s * self.fps - 1) > 0.05 for s in (step, steps.mean())):
+                raise DamagedEpisode(f"{self.source}: the timestamps of episode {i} run at {1 / step:.4g} Hz, fps in "
+                                     f"meta/info.json is {self.fps:g}: correct it")  # fmt: skip
 
     def _columns(self, i: int, table: pa.Table, kind: str, all_names: Sequence[str]) -> np.ndarray:
         """Mapped columns of episode i, values[:, index] * scale + offset, in unified places (n, len(all_names))."""
         mapping = self.mapping.get(kind) or {}
         arrays = {}
         for name in sorted({c["column"] for c in mapping.values()}):
-            try:
-                arrays[name] = self._array(table[name])
-            except (ValueError, TypeError, pa.ArrowException):
-                why = "has rows that are no numbers, or of unequal length"
-                raise DamagedEpisode(f"{self.source}: {name} in episode {i} {why}: leave it out") from None
+            arrays[name] = self._array(table, name, i)
             shape = self.info["features"][name].get("shape")
             if shape and math.prod(shape) != arrays[name].shape[1]:
                 raise InputError(f"{self.source}: {name} has {arrays[name].shape[1]} dimensions, meta/info.json says "
@@ -698,6 +599,7 @@ class LeRobotReader:
         many of the n have an action), task (str) and subtask (n texts; the instruction where the data set has none),
         and camera (n, 7), its pose in the frame of action and state where it moves, else None: see `seen_from`."""
         table = self._table(i)
+        self._check_clock(table, i)
         n = steps = len(table)
         state = self._columns(i, table, "state", STATE_NAMES)
         if self.mapping.get("action"):
@@ -706,18 +608,30 @@ class LeRobotReader:
             action = self._change(state, self._columns(i, table, "target", STATE_NAMES))
         else:
             action, steps = self._change(state, np.concatenate([state[1:], state[-1:]])), n - 1
-        if (number := table["task_index"][0].as_py()) not in range(len(self.tasks)):
-            raise DamagedEpisode(f"{self.source}: episode {i} has task {number} of {len(self.tasks)}: leave it out")
-        task = self.tasks[number]
+        task = self._text("task", table["task_index"][0].as_py(), i)
         subtask = [task] * n
         if self.subtasks and "subtask_index" in table.column_names:
-            subtask = [self.subtasks[k] for k in table["subtask_index"].to_pylist()]
+            subtask = [self._text("subtask", k, i) for k in table["subtask_index"].to_pylist()]
         return {
             "action": action.astype(np.float32), "action_mask": np.isin(ACTION_NAMES, self.action_names),
             "state": state.astype(np.float32), "state_mask": np.isin(STATE_NAMES, self.state_names),
             "steps": steps, "task": task, "subtask": subtask,
-            "camera": self._array(table[_CAMERA]) if _CAMERA in table.column_names else None,
+            "camera": self._poses(table, i) if _CAMERA in table.column_names else None,
         }  # fmt: skip
+
+    def _text(self, kind: str, number: Any, i: int) -> str:
+        texts = self.tasks if kind == "task" else self.subtasks
+        if not isinstance(number, int) or number not in texts:
+            raise DamagedEpisode(f"{self.source}: episode {i} has the {kind} {number} of {len(texts)}: leave it out")
+        return texts[number]
+
+    def _poses(self, table: pa.Table, i: int) -> np.ndarray:
+        """The moving camera's poses (n, 7)."""
+        poses = self._array(table, _CAMERA, i)
+        turns = np.abs(np.linalg.norm(poses[:, 3:], axis=1) - 1) < 0.05
+        if poses.shape[1] != 7 or not (np.isfinite(poses).all() and turns.all()):
+            raise DamagedEpisode(f"{self.source}: {_CAMERA} in episode {i} is no list of poses: leave it out")
+        return poses
 
     def _change(self, state: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The unified actions (n, 44) that lead from states to target states, both (n, 46)."""
@@ -743,16 +657,8 @@ class LeRobotReader:
         return self._path("video_path", video_key=key, **place), start
 
     def _path(self, template: str, **place: Any) -> Path:
-        """A file of the data set, as a template of info.json names it. Raises InputError where it makes no path within
-        the data set."""
-        try:
-            path = Path(self.info[template].format(**place))
-        except (AttributeError, KeyError, IndexError, ValueError):
-            path = None
-        if path is None or path.is_absolute() or ".." in path.parts:
-            where = f"{template} {self.info[template]!r} in meta/info.json"
-            raise InputError(f"{self.source}: {where} names no file within the data set: correct it, or copy it again")
-        return self.root / path
+        """A file of the data set, as a template of info.json names it."""
+        return self.root / self.info[template].format(**place)
 
     def frames(self, i: int, camera: str, indices: Sequence[int]) -> np.ndarray:
         """Frames of episode i, in the order asked for: uint8 (len(indices), H, W, 3)."""
@@ -761,12 +667,18 @@ class LeRobotReader:
         numbers = [round(start * self.fps + k) for k in indices]  # frame numbers in the file
         missing, found = set(numbers), {}
         feature = self.info["features"][self.mapping["images"][camera]]
-        listed = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
+        listed = dict(zip(map(str, feature.get("names") or ()), feature.get("shape") or (), strict=False))
         to_rgb = av.video.reformatter.VideoReformatter()  # one for all: a frame's own would make its tables anew
         try:
             container = self._open(path)
             stream = container.streams.video[0]
             base = float(stream.time_base)
+            rate, n = float(stream.average_rate or self.fps), int(self.lengths[i])
+            # Pictures are found by the rate: they may drift from their steps by one in an episode, or by 0.2 %, as much
+            # as 29.97 told as 30 (our choice).
+            if abs(rate - self.fps) > self.fps * np.clip(1 / n, 0.002, 0.02):
+                raise DamagedEpisode(f"video {path} runs at {rate:.4g} Hz (episode {i} of {self.source}), fps in "
+                                     f"meta/info.json is {self.fps:g}: correct it, or convert it again")  # fmt: skip
             # A quarter frame past the wanted one, against rounding; from the start where a file's index misleads.
             for second in ((min(numbers) + 0.25) / self.fps, 0.0):
                 container.seek(int(second / base), stream=stream, backward=True)

@@ -35,7 +35,7 @@ import tyro
 from scipy.spatial.transform import Rotation
 
 from common import ARM_ACTION, ARM_STATE, InputError, run_main
-from data.convert import ConvertArgs, Episode, convert, numbers, open_hdf5, text
+from data.convert import ConvertArgs, Episode, check_inside, convert, numbers, open_hdf5, text
 from data.lerobot import Clip, LeRobotWriter
 
 HZ = 20.0
@@ -90,8 +90,7 @@ def pictures(obs: h5py.Group, name: str, steps: int, size: tuple[int, int]) -> h
     node = obs.get(name)
     if not isinstance(node, h5py.Dataset) or node.dtype != np.uint8 or node.shape != (steps, *size, 3):
         raise InputError(f"obs/{name} is {node}, expected uint8 {(steps, *size, 3)}")
-    if node.file.filename != obs.file.filename or node.external or node.is_virtual:
-        raise InputError(f"obs/{name} points to data in another file")
+    check_inside(obs, name)
     return node
 
 
@@ -117,7 +116,7 @@ def load(path: Path, demo: str, size: tuple[int, int], keep_noops: bool) -> Epis
                 notes.append("steps that command nothing were left out")
         if len(now) < 2:
             raise InputError(f"{len(now)} steps that command something: need at least 2")
-        quaternion = Rotation.from_rotvec(axis).as_quat(canonical=True)
+        quaternion = Rotation.from_rotvec(axis).as_quat()
         width = np.clip((fingers[:, :1] - fingers[:, 1:]) / OPEN_WIDTH, 0, 1)
         state = np.concatenate([position, quaternion, width], 1)
         nodes = {camera: pictures(obs, name, steps, size) for camera, name in CAMERAS.items()}
@@ -142,7 +141,7 @@ def find_jobs(root: Path, keep_noops: bool) -> tuple[dict[str, tuple], tuple[int
             with open_hdf5(path) as file:
                 demos = [name for name in file["data"] if re.fullmatch(r"demo_\d+", name)]
                 size = size or file["data"][demos[0]]["obs/agentview_rgb"].shape[1:3]
-        except (OSError, KeyError, IndexError, AttributeError) as error:
+        except (OSError, KeyError, IndexError, AttributeError, TypeError) as error:
             raise InputError(
                 f"{path} is no file of LIBERO demonstrations ({error}): move it away, or download it again"
             ) from None

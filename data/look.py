@@ -29,7 +29,7 @@ from PIL import Image
 
 from common import ACTION_NAMES, STATE_NAMES, InputError, relative_action, run_main
 from data.lerobot import LeRobotReader
-from data.stats import statistics
+from data.stats import sound, statistics
 
 FRAMES = 8  # pictures of each camera
 COLOURS = ("tab:red", "tab:green", "tab:blue", "tab:orange", "tab:purple")
@@ -39,8 +39,8 @@ COLOURS = ("tab:red", "tab:green", "tab:blue", "tab:orange", "tab:purple")
 class Args:
     source: Annotated[str, tyro.conf.Positional]
     """LeRobot data set, PATH or PATH@MAPPING"""
-    episode: int = 0
-    """the episode to draw, from 0"""
+    episode: int | None = None
+    """the episode to draw, from 0; none: the first that can be read"""
     out: str = ""
     """the PNG; none: runs/look/<data set>_<episode>.png"""
     sample: int = 100
@@ -132,7 +132,7 @@ def draw(reader: LeRobotReader, i: int, path: Path) -> list[str]:
         for ax in curves if len(runs) > 1 else ():
             ax.axvspan(a, b, color=hues[text], alpha=0.08, lw=0)
     for ax, (name, unit, lines) in zip(curves, plots, strict=True):
-        plot(ax, name, unit, lines, episode, np.arange(n) / reader.fps)
+        plot(ax, name, unit, lines, episode, reader.fps)
     for ax in axes:
         ax.set_xlim(0, seconds)
         ax.tick_params(labelsize=8, labelbottom=ax is axes[-1])
@@ -142,8 +142,9 @@ def draw(reader: LeRobotReader, i: int, path: Path) -> list[str]:
     return wrong
 
 
-def plot(ax: Axes, name: str, unit: str, lines: list[tuple[str, str]], episode: dict, time: np.ndarray) -> None:
+def plot(ax: Axes, name: str, unit: str, lines: list[tuple[str, str]], episode: dict, fps: float) -> None:
     """One panel: states as lines, actions as steps, for they hold until the next one."""
+    time = np.arange(len(episode["state"]) + 1) / fps
     ax.set_ylabel(f"{name}\n[{unit}]", fontsize=8)
     ax.grid(alpha=0.3)
     both = len({kind for kind, _ in lines}) > 1
@@ -152,10 +153,9 @@ def plot(ax: Axes, name: str, unit: str, lines: list[tuple[str, str]], episode: 
         style = {"color": COLOURS[k // 3 if "fingertips" in name else k % 5], "lw": 1.2}
         if kind == "action":
             held = np.append(values[: episode["steps"]], values[episode["steps"] - 1])
-            edges = np.append(time, 2 * time[-1] - time[-2])[: len(held)]
-            ax.step(edges, held, where="post", label=f"{column}{' (action)' if both else ''}", **style)
+            ax.step(time[: len(held)], held, where="post", label=f"{column}{' (action)' if both else ''}", **style)
         else:
-            ax.plot(time, values, label=f"{column}{' (state)' if both else ''}", **style)
+            ax.plot(time[:-1], values, label=f"{column}{' (state)' if both else ''}", **style)
     if unit.startswith("0"):
         ax.set_ylim(-0.05, 1.05)
     shown = ax.get_legend_handles_labels()
@@ -219,7 +219,8 @@ def agreement(reader: LeRobotReader, chosen: Sequence[int]) -> str:
             mark = "  <- look at this" if any(c < 0.2 for c in r.values()) else ""
             lines.append(f"  {side} arm: correlation of command and the motion of the next {h} steps: {text}{mark}")
             if share := np.mean(np.concatenate(jumps)):
-                lines.append(f"  {side} arm: the quaternion changes its sign in {share:.1%} of the steps (half turns)")
+                lines.append(f"  {side} arm: the quaternion changes its sign in {share:.1%} of the steps: half a "
+                             f"turn from common.POSTURE")  # fmt: skip
         if {f"{side}_gripper"} <= {*reader.action_names} & {*reader.state_names}:
             command, measured = np.concatenate(grips).T
             means = [f"{measured[w].mean():.2f}" if w.any() else "never" for w in (command > 0.5, command <= 0.5)]
@@ -235,7 +236,7 @@ def table(stats: dict[str, dict], reader: LeRobotReader) -> str:
     lines = [f"{'':26s} {'unit':>8s}" + "".join(f"{k:>10s}" for k in keys)]
     units = {"gripper": "1 = open", "roll": "rad", "pitch": "rad", "yaw": "rad", "x": "m", "y": "m", "z": "m"}
     for key, names in (("observation.state", reader.state_names), ("action", reader.action_names)):
-        for k, name in enumerate(names):
+        for k, name in enumerate(names if key in stats else ()):  # episodes of one frame may have no action
             row = f"{key.split('.')[-1]} {name}", units.get(name.split("_")[-1], "")  # a quaternion has no unit
             lines.append("{:26s} {:>8s}".format(*row) + "".join(f"{stats[key][v][k]:10.4f}" for v in keys))
     return "\n".join(lines)
@@ -244,26 +245,29 @@ def table(stats: dict[str, dict], reader: LeRobotReader) -> str:
 def main() -> None:
     args = tyro.cli(Args, prog="python -m data.look", description=__doc__)
     reader = LeRobotReader(args.source)
-    if not 0 <= args.episode < reader.num_episodes:
+    if not 0 <= (args.episode or 0) < reader.num_episodes:
         raise InputError(f"--episode {args.episode}: {args.source} has episodes 0 to {reader.num_episodes - 1}")
     if args.sample < 0:
         raise InputError(f"--sample {args.sample}: give 1 or more, or 0 for all")
-    path = Path(args.out or f"runs/look/{reader.root.resolve().name}_{args.episode:06d}.png")
-    if path.suffix != ".png":
+    damaged: dict[int, str] = {}
+    drawn = next(sound(reader, range(reader.num_episodes), damaged))[0] if args.episode is None else args.episode
+    path = Path(args.out or f"runs/look/{reader.root.resolve().name}_{drawn:06d}.png")
+    if path.suffix != ".png" or path.is_dir():
         raise InputError(f"--out {path}: give a file that ends in .png")
-    print(overview(reader, args.episode))
-    wrong = draw(reader, args.episode, path)
+    print(overview(reader, drawn))
+    wrong = draw(reader, drawn, path)
     several = min(args.sample or reader.num_episodes, reader.num_episodes)
     chosen = sorted({int(i) for i in np.linspace(0, reader.num_episodes - 1, several)})
     if reader.action_names or reader.state_names:
+        stats = statistics(reader, episodes=chosen, damaged=damaged)
+        chosen = [i for i in chosen if i not in damaged]
         print(agreement(reader, chosen))
-        stats = statistics(reader, episodes=chosen)
         print(f"\nstatistics of {len(chosen)} of {reader.num_episodes} episodes\n{table(stats, reader)}")
         if not reader.stats:
             print(f"\nno statistics are stored yet; before training: python -m data.stats {args.source}")
     else:
         print("  video alone: no states, no actions")
-    for text in wrong:
+    for text in [*damaged.values(), *wrong]:
         print(f"note: {text}")
     print(f"wrote {path}")
 

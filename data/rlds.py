@@ -43,7 +43,7 @@ from PIL import Image
 from scipy.spatial.transform import Rotation
 
 from common import ARM_ACTION, ARM_STATE, InputError, run_main
-from data.convert import BrokenSource, ConvertArgs, Episode, convert, sources
+from data.convert import BrokenSource, ConvertArgs, Episode, convert
 from data.lerobot import Clip, LeRobotWriter
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -686,7 +686,7 @@ def load(
         if source.position:
             state.append(columns(source.position))
         if source.rotation:
-            state.append(rotation(columns(source.rotation), source.rotation.kind).as_quat(canonical=True))
+            state.append(rotation(columns(source.rotation), source.rotation.kind).as_quat())
         if source.opening:
             state.append(open_gripper(columns(source.opening)[:, 0], source.opening.kind)[:, None])
         files = {camera: example.get(f"steps/{key}", ()) for camera, key in source.cameras.items()}
@@ -727,10 +727,7 @@ def main() -> None:
     cameras = {camera: even(size) for camera, size in sizes.items()}
     names = ARM_ACTION, state_names(source)
     writer = LeRobotWriter(args.out, source.hz, source.robot, *names, cameras, args.resume)
-    if foreign := set(sources(writer)) - jobs.keys():
-        raise InputError(f"{args.out} holds {min(foreign)!r}, which is not of {row} in {root}, split {args.split}: "
-                         f"choose another --out")  # fmt: skip
-    convert(jobs, load, writer, args)
+    convert(jobs, load, writer, replace(args, row=row))
     vague = "" if source.informative else "Octo finds this set's instructions uninformative and blanks them\n"
     print(f"{vague}next: python lam.py --tiny --data {args.out} --out runs/{row}/lam")
 

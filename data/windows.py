@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import ACTION_NAMES, InputError, Process, load_meta, seen_from, strided_actions
-from data.lerobot import DamagedEpisode, LeRobotReader, stride_for
+from data.lerobot import DamagedEpisode, LeRobotReader
+from data.quantiles import stride_for
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Windows(torch.utils.data.Dataset):
 
     def longest_instruction(self) -> str:
         """The instruction with the most letters, to see at the start whether a model's context has room for it."""
-        return max((task for reader in self.readers for task in reader.tasks), key=len, default="")
+        return max((task for reader in self.readers for task in reader.tasks.values()), key=len, default="")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.draw(index)

@@ -57,7 +57,7 @@ def make_episode(seed: int, n: int = 24, size: int = 32) -> dict:
     rng = np.random.default_rng(seed)
     position = np.cumsum(rng.normal(size=(n, 3)) * 0.01, 0) + [0.4, 0, 0.3]
     turn = Rotation.from_rotvec(np.cumsum(rng.normal(size=(n, 3)) * 0.05, 0)) * Rotation.from_euler("x", np.pi)
-    quaternion = turn.as_quat(canonical=True)
+    quaternion = common.canonical(turn.as_quat())
     target = position + rng.normal(size=(n, 3)) * 0.01
     goal = Rotation.from_rotvec(rng.normal(size=(n, 3)) * 0.05) * turn
     motion = common.relative_action(position, quaternion, target, goal.as_quat())

@@ -17,7 +17,7 @@ from scipy.spatial.transform import Rotation
 
 import common
 from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError, Normalizer
-from data.lerobot import quantile_stats
+from data.quantiles import quantile_stats
 
 floats = st.floats(-1, 1, width=32)
 angles = st.tuples(*[st.floats(-1.25, 1.25, width=32)] * 3)

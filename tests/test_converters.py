@@ -123,7 +123,7 @@ def test_description_and_unified_spaces_in_closed_form():
     left = dict(zip(egodex.HAND_STATE, state.T, strict=True))
     turn = look.inv() * Rotation.from_rotvec(np.outer(step * np.arange(n), [0, 0, 1]))
     quaternion = np.stack([left[f"left_q{c}"] for c in "xyzw"], 1)
-    np.testing.assert_allclose(quaternion, turn.as_quat(canonical=True), atol=1e-12)
+    np.testing.assert_allclose(common.canonical(quaternion), common.canonical(turn.as_quat()), atol=1e-12)
 
 
 def test_a_window_is_told_in_the_frame_of_its_first_camera(tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_libero(tmp_path, monkeypatch, release):
     assert action[:, 6].tolist() == [1, 1, 1, 0, 0, 0, 1, 1][lag:]
     state = episode["state"][:, 8:16]
     np.testing.assert_allclose(state[:, :3], sets["obs/ee_pos"][: 8 - lag], atol=1e-6)
-    quaternion = Rotation.from_rotvec(sets["obs/ee_ori"][: 8 - lag]).as_quat(canonical=True)
+    quaternion = common.canonical(Rotation.from_rotvec(sets["obs/ee_ori"][: 8 - lag]).as_quat())
     np.testing.assert_allclose(state[:, 3:7], quaternion, atol=1e-6)
     assert (state[:, 7] == 1).all()  # fingers 80 mm apart
     for camera in ("primary", "wrist"):
@@ -458,6 +458,19 @@ def test_libero_leaves_out_what_commands_nothing(tmp_path, monkeypatch):
     arguments = [tmp_path / "in", "--out", tmp_path / "all", "--workers", 0, "--keep-noops"]
     run(libero, *arguments, monkeypatch=monkeypatch)
     assert LeRobotReader(tmp_path / "all").lengths.tolist() == [9]
+
+
+def test_a_few_bytes_that_stand_for_terabytes(tmp_path):
+    with h5py.File(tmp_path / "bomb.hdf5", "w") as file:
+        file.create_dataset("x", (10**10, 7), "f8", chunks=(1000, 7))
+        with pytest.raises(InputError, match="x has 70000000000 values, more than an episode can"):
+            convert.numbers(file, "x", None, 7)
+
+
+@pytest.mark.parametrize("value", ["nan", "-0.1", "1.5"])
+def test_a_confidence_is_a_share(tmp_path, monkeypatch, value):
+    with pytest.raises(InputError, match="--min-confidence .*from 0 to 1"):
+        run(egodex, tmp_path, "--out", tmp_path / "out", "--min-confidence", value, monkeypatch=monkeypatch)
 
 
 def test_libero_refuses(tmp_path, monkeypatch):
@@ -484,6 +497,10 @@ def test_libero_refuses(tmp_path, monkeypatch):
         libero.find_jobs(source, False)
     with pytest.raises(InputError, match="no .hdf5 files"):
         libero.find_jobs(tmp_path / "nowhere", False)
+    with h5py.File(source / "h_demo.hdf5", "w") as file:
+        file["data"] = 3
+    with pytest.raises(InputError, match="h_demo.hdf5 is no file of LIBERO demonstrations"):
+        libero.find_jobs(source, False)
     (source / "h_demo.hdf5").unlink()
     (source / "a_demo.hdf5").unlink()
     with pytest.raises(InputError, match="none of 6 episodes .* could be converted; the first, .*opencv"):
@@ -596,6 +613,34 @@ def test_resume_finds_what_is_new_and_what_was_repaired(tmp_path, demos, capsys)
     (tmp_path / "x/meta/sources.jsonl").unlink()
     with pytest.raises(InputError, match="names the sources of 0 of 6 episodes"):
         convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), arguments(resume=True))
+
+
+@pytest.mark.parametrize("options, text", [
+    ({"source": "elsewhere"}, "source.*elsewhere"), ({"keep_noops": True}, "keep_noops.*True"),
+])  # fmt: skip
+def test_resume_with_another_source_or_other_options_is_refused(tmp_path, demos, options, text):
+    """Their demonstrations have the same names, and would pass for done."""
+    given = lambda **kw: libero.Args(**{"source": "there", "out": "x", "workers": 0} | kw)
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x"), given(limit=2))
+    before = contents(tmp_path / "x")
+    with pytest.raises(InputError, match=f"{text}.*: choose another --out"):
+        convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), given(resume=True, **options))
+    assert contents(tmp_path / "x") == before
+    same = given(source=os.path.abspath("there"), limit=4, workers=2, resume=True, out="y")
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), same)
+    assert LeRobotReader(tmp_path / "x").num_episodes == 4
+    (tmp_path / "x/meta/conversion.json").unlink()
+    with pytest.raises(InputError, match="choose another --out"):
+        convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), same)
+
+
+def test_an_output_without_episodes_is_free(tmp_path, demos):
+    """What a first attempt with a wrong option left behind."""
+    bad = {key: job for key, job in demos.items() if key.startswith("d_")}
+    with pytest.raises(InputError, match="none of 2 episodes"):
+        convert.convert(bad, libero.load, make_writer(tmp_path / "x"), arguments())
+    other = convert.ConvertArgs(source="elsewhere", out="x", workers=0)
+    convert.convert(demos, libero.load, make_writer(tmp_path / "x", resume=True), other)
 
 
 def test_what_the_writer_refuses_is_left_out(tmp_path, demos):

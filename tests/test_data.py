@@ -19,7 +19,8 @@ from scipy.spatial.transform import Rotation
 import common
 from common import ACTION_NAMES, ARM_ACTION, ARM_STATE, STATE_NAMES, InputError
 from data import stats
-from data.lerobot import DamagedEpisode, LeRobotReader, LeRobotWriter, _Video, quantile_stats
+from data.lerobot import DamagedEpisode, LeRobotReader, LeRobotWriter, _Video
+from data.quantiles import quantile_stats
 from data.windows import View, Windows, _held_out, held_out_batches, stream
 
 VIEWS = {"frames": View("primary", 4, 32)}
@@ -114,7 +115,7 @@ def test_writer_refuses(tmp_path, dataset, episodes):
     (tmp_path / "full/thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
         LeRobotWriter(tmp_path / "full", cameras=cameras)
-    with pytest.raises(InputError, match="fps .*choose another --out"):
+    with pytest.raises(InputError, match="fps.*choose another --out"):
         LeRobotWriter(dataset, fps=5, cameras=cameras, resume=True)
     with pytest.raises(InputError, match="even"):
         LeRobotWriter(tmp_path / "odd", cameras={"primary": (33, 32)})
@@ -268,17 +269,6 @@ def test_columns_of_another_shape(copy, how):
     error, text = (InputError, "8 dimensions") if how == "wider" else (DamagedEpisode, "action in episode 0 has rows")
     with pytest.raises(error, match=text):
         LeRobotReader(copy).episode(0)
-
-
-@pytest.mark.parametrize("key", ["data_path", "video_path"])
-@pytest.mark.parametrize("path", ["../{video_key}/x.mp4", "/tmp/x.mp4", "{nothing}.mp4", None])
-def test_paths_stay_within_the_data_set(copy, key, path):
-    info = json.loads((copy / "meta/info.json").read_text())
-    (copy / "meta/info.json").write_text(json.dumps(info | {key: path}))
-    with pytest.raises(InputError, match=f"{key} .* names no file within"):
-        reader = LeRobotReader(copy)
-        reader.episode(0)
-        reader.frames(0, "primary", [0])
 
 
 def test_missing_statistics(copy):

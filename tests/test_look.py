@@ -1,15 +1,19 @@
 """data.look: the picture of an episode and the tables of a data set."""
 
+import json
 import shutil
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_episode, write_set
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
-from common import ACTION_NAMES, STATE_NAMES, InputError, relative_action
-from data import look
+from common import ACTION_NAMES, ARM_STATE, STATE_NAMES, InputError, relative_action
+from data import look, stats
 from data.lerobot import LeRobotReader
 
 
@@ -68,8 +72,12 @@ def test_a_wrong_sign_is_seen(tmp_path, run_look):
     out, _ = run_look(write_set(tmp_path / "wrong", [follower(-1, 0)], fps=5))
     assert "x -1.00" in out and "<- look at this" in out
     assert "measured 0.00 when commanded open, 1.00 when commanded closed" in out
-    # Its tool points down, half a turn from upright: there the sign of the quaternion changes.
-    assert "the quaternion changes its sign" in out
+    assert "the quaternion changes its sign" not in out  # its tool points down, half a turn from upright, and wobbles
+    turning = make_episode(0, n=60)
+    turn = Rotation.from_euler("z", np.linspace(0, -np.pi, 60)[:, None]) * Rotation.from_euler("x", np.pi)
+    turning["state"][:, 3:7] = turn.as_quat()
+    out, _ = run_look(write_set(tmp_path / "turning", [turning], fps=5))
+    assert "the quaternion changes its sign in 1.7% of the steps" in out
 
 
 def test_hands_and_video_without_actions(tmp_path, run_look):
@@ -93,12 +101,99 @@ def test_an_absent_video_is_named_and_the_rest_is_drawn(dataset, tmp_path, run_l
     assert f"python -m data.stats {copy}" in out
 
 
-def test_bad_input(dataset, run_look, monkeypatch):
+def shortened(dataset, folder, lengths: dict[int, int]):
+    """A copy some of whose episodes have lost their end."""
+    copy = shutil.copytree(dataset, folder)
+    path = copy / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows = [r | {"length": lengths.get(r["episode_index"], r["length"])} for r in rows]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    for path in (copy / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        numbers = (table[column].to_pylist() for column in ("episode_index", "frame_index"))
+        kept = [t < lengths.get(e, 999) for e, t in zip(*numbers, strict=True)]
+        pq.write_table(table.filter(pa.array(kept)), path)
+    return copy
+
+
+def test_episodes_of_one_frame_and_of_two(dataset, tmp_path, run_look):
+    copy = shortened(dataset, tmp_path / "short", {0: 1, 1: 2})
+    for i, steps in enumerate((1, 2)):
+        out, picture = run_look(copy, "--episode", str(i))
+        assert "10 episodes of 1 to 27 steps" in out and picture.std() > 20, steps
+    copy = shortened(dataset, tmp_path / "shorter", dict.fromkeys(range(10), 1))
+    out, _ = run_look(copy)
+    assert "10 episodes of 1 to 1 steps" in out and "action right_x" in out
+    # Where the action is the change of the state, an episode of one frame has none.
+    (tmp_path / "m.json").write_text(json.dumps({
+        "images": {"primary": "observation.images.primary"},
+        "state": {n: {"column": "observation.state", "index": k} for k, n in enumerate(ARM_STATE)},
+    }))  # fmt: skip
+    out, _ = run_look(f"{copy}@{tmp_path / 'm.json'}")
+    assert "state right_x" in out and "action right_x" not in out
+
+
+def spoiled(dataset, folder, episodes):
+    """A copy with a NaN in some episodes."""
+    copy = shutil.copytree(dataset, folder)
+    for path in (copy / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        values = np.array(table["action"].to_pylist(), np.float32)
+        values[np.isin(table["episode_index"].to_numpy(), episodes), 2] = np.nan
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), 7)
+        pq.write_table(table.set_column(table.column_names.index("action"), "action", column), path)
+    return copy
+
+
+def test_a_damaged_episode_is_left_out_by_name(dataset, episodes, tmp_path, run_look, monkeypatch, capsys):
+    copy = spoiled(dataset, tmp_path / "nan", [0, 3])
+    out, _ = run_look(copy)
+    assert "statistics of 8 of 10 episodes" in out
+    assert "note: NaN or infinite action in episode 0" in out.replace(f"{copy}: ", "") and "in episode 3" in out
+    row = next(line.split() for line in out.splitlines() if line.startswith("action right_z"))
+    sound = np.concatenate([e["action"][:, 2] for i, e in enumerate(episodes) if i not in (0, 3)])
+    np.testing.assert_allclose(float(row[5]), sound.mean(), atol=6e-5)
+    with pytest.raises(InputError, match="NaN or infinite action in episode 3"):
+        run_look(copy, "--episode", "3")
+    monkeypatch.setattr(sys, "argv", ["stats", str(copy)])
+    stats.main()
+    shown = capsys.readouterr()
+    assert "in episode 0" in shown.err and "in episode 3" in shown.err and "8 of 10 episodes" in shown.out
+    stored = json.loads((copy / "meta/stats.json").read_text())["action"]
+    assert stored["count"] == [sum(len(e["action"]) for i, e in enumerate(episodes) if i not in (0, 3))]
+    copy = spoiled(dataset, tmp_path / "all", range(10))
+    before = (copy / "meta/stats.json").read_bytes()
+    with pytest.raises(InputError, match="none of 10 episodes .* NaN"):
+        monkeypatch.setattr(sys, "argv", ["stats", str(copy)])
+        stats.main()
+    with pytest.raises(InputError, match="none of 10 episodes .* NaN"):
+        run_look(copy)
+    assert (copy / "meta/stats.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name, command", [
+    ("features.json", "data.rlds .*/raw "), ("1.0.0/features.json", "data.rlds .*/raw/1.0.0 "),
+    ("x-train.tfrecord-00000-of-00001", "python -m data.rlds"),
+    ("part/task/0.hdf5", "data.libero"),
+])  # fmt: skip
+def test_what_is_no_lerobot_set_says_how_to_convert_it(tmp_path, run_look, name, command):
+    path = tmp_path / "raw" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    with pytest.raises(InputError, match=f"{command}.*"):
+        run_look(tmp_path / "raw")
+
+
+def test_bad_input(dataset, run_look, monkeypatch, tmp_path):
     for words, text in ((["--episode", "10"], "episodes 0 to 9"), (["--sample", "-1"], "give 1 or more")):
         with pytest.raises(InputError, match=text):
             run_look(dataset, *words)
     monkeypatch.setattr(sys, "argv", ["look", str(dataset), "--out", "x.jpg"])
     with pytest.raises(InputError, match="ends in .png"):
+        look.main()
+    (tmp_path / "x.png").mkdir()
+    monkeypatch.setattr(sys, "argv", ["look", str(dataset), "--out", str(tmp_path / "x.png")])
+    with pytest.raises(InputError, match="give a file"):
         look.main()
 
 

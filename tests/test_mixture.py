@@ -11,8 +11,9 @@ from conftest import Alone, make_episode, write_set
 
 from common import ARM_ACTION, InputError
 from data import mixture, rlds, stats
-from data.lerobot import RATES, LeRobotReader, LeRobotWriter, action_key
+from data.lerobot import LeRobotReader, LeRobotWriter
 from data.mixture import TABLE6, expand, present, report, summary
+from data.quantiles import RATES, action_key
 from data.windows import View, Windows, check_resume, collate, stream
 
 WEIGHTS = np.array([row.percent for row in TABLE6]) / 107.95

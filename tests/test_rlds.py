@@ -439,9 +439,10 @@ def test_golden_values_of_each_row(name, tmp_path, run):
         want |= {f"right_{n}": np.reshape(values, (STEPS, -1))[first:, i] for i, n in enumerate(names)}
     assert {n for n, m in zip(STATE_NAMES, episode["state_mask"], strict=True) if m} == want.keys()
     state = {n: episode["state"][:, STATE_NAMES.index(n)] for n in want}
-    sign = np.sign(want.get("right_qw", 1.0))  # one of the two quaternions of a rotation: w >= 0
+    if turn := [n for n in want if "_q" in n]:  # one of the two quaternions of a rotation
+        want |= dict(zip(turn, common.canonical(np.stack([want[n] for n in turn], 1)).T, strict=True))
     for key in want:
-        np.testing.assert_allclose(state[key], want[key] * (sign if "_q" in key else 1), atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(state[key], want[key], atol=1e-5, err_msg=key)
     h, w = (n // 2 * 2 for n in other.get("size", SIZE))
     assert set(reader.cameras) == {"primary"} | ({"wrist"} if other.get("wrist") else set())
     for camera in reader.cameras:
@@ -751,7 +752,9 @@ def test_limit_then_the_rest(many, undisturbed, tmp_path, run):
     write(tmp_path / "other", "viola", [make("viola")])
     shutil.copy(many / "features.json", tmp_path / "other")
     code, error, _ = run(tmp_path / "other", "--row", "roboturk", "--out", tmp_path / "out", "--resume")
-    assert code == 2 and "out holds 'roboturk: roboturk-train" in error and "choose another --out" in error
+    assert code == 2 and f"{tmp_path / 'other'}" in error and "choose another --out" in error
+    code, error, _ = run(many, "--split", "train", "--out", tmp_path / "out", "--resume")
+    assert code == 2 and "'split': ('all', 'train')" in error
     shutil.copytree(undisturbed, tmp_path / "foreign")
     (tmp_path / "foreign/meta/sources.jsonl").unlink()
     code, error, _ = run(many, "--out", tmp_path / "foreign", "--resume")
