@@ -83,6 +83,13 @@ class Windows(torch.utils.data.Dataset):
                     f"frame, leave none for the {split} split (one in {val_every} is held out): give more episodes or "
                     f"--val-every 0"
                 )
+            frames, stride = max((v.frames for v in views.values()), default=1), self.strides[len(self.chosen)]
+            if reader.lengths[ids].max() <= (frames - 1) * stride:
+                raise InputError(
+                    f"{reader.source}: the longest episode has {reader.lengths[ids].max()} frames, a window of "
+                    f"{frames} frames in strides of {stride} needs {(frames - 1) * stride + 1}: lower --frames or "
+                    f"raise --hz"
+                )
             self.chosen.append(ids)
             self.ends.append(np.cumsum(reader.lengths[ids] - 1))
         self.weights = np.array(weights or [e[-1] for e in self.ends], np.float64)  # default: every frame counts alike
@@ -106,13 +113,18 @@ class Windows(torch.utils.data.Dataset):
 
     def summary(self) -> str:
         short = [int((r.lengths < 2).sum()) for r in self.readers]
+        # A window from t on runs past the end of n frames where t + stride * actions > n - 1.
+        past = [
+            np.minimum(r.lengths[ids] - 1, s * self.actions - 1).sum() / e[-1]
+            for r, ids, e, s in zip(self.readers, self.chosen, self.ends, self.strides, strict=True)
+        ]
         rows = [
             f"  {r.source}: {len(ids)} episodes, {r.lengths[ids].sum() / r.fps / 3600:.3g} hours, {e[-1]} windows, "
-            f"{r.fps:g} Hz, stride {s}, weight {w:.3f}"
+            f"{100 * p:.0f} % of them past an episode's end, {r.fps:g} Hz, stride {s}, weight {w:.3f}"
             + ("" if r.action_names else ", video without actions")
             + (f"; {n} of one frame left out" if n else "")
-            for r, ids, e, s, w, n in zip(
-                self.readers, self.chosen, self.ends, self.strides, self.weights, short, strict=True
+            for r, ids, e, s, w, n, p in zip(
+                self.readers, self.chosen, self.ends, self.strides, self.weights, short, past, strict=True
             )
         ]
         return "\n".join(["data:", *rows])

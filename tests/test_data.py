@@ -356,6 +356,18 @@ def test_frames_of_another_resolution_than_listed(copy):
         LeRobotReader(copy).frames(0, "primary", [0])
 
 
+def test_windows_past_the_end_are_counted_and_must_not_be_all(dataset):
+    windows = Windows([dataset], {"video": View("primary", 5, 48)}, 4, 5, 0)  # strides of 2 at 10 Hz
+    assert windows.strides == [2]
+    lengths = windows.readers[0].lengths
+    past = np.mean([t + 2 * 4 > n - 1 for n in lengths for t in range(n - 1)])
+    assert f"{len(windows)} windows, {100 * past:.0f} % of them past an episode's end" in windows.summary()
+    longest = int(lengths.max())
+    Windows([dataset], {"video": View("primary", longest, 48)}, longest - 1, 10, 0)
+    with pytest.raises(InputError, match=f"longest episode has {longest} frames, .*lower --frames or raise --hz"):
+        Windows([dataset], {"video": View("primary", longest + 1, 48)}, longest, 10, 0)
+
+
 def test_episodes_of_one_frame_are_left_out(copy):
     path = copy / "meta/episodes/chunk-000/file-000.parquet"
     rows = pq.read_table(path).to_pylist()
