@@ -70,12 +70,12 @@ def parse_args(args_type: type, presets: dict[str, Any], description: str, argv:
 
 
 def at_least(args: Any, **least: float) -> None:
-    """Raises InputError for a numeric argument, or one of several, that is below its bound or NaN."""
+    """Raises InputError for a numeric argument, or one of several, that is below its bound, infinite or NaN."""
     for name, low in least.items():
         value = getattr(args, name)
         for v in value if isinstance(value, tuple) else (value,):
-            if v is not None and not v >= low:
-                raise InputError(f"--{name.replace('_', '-')} {v}: must be at least {low:g}")
+            if v is not None and not low <= v < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {v}: must be at least {low:g} and finite")
 
 
 def check_training(args: Any) -> None:
@@ -95,13 +95,13 @@ def run_main(main: Callable[[], None], resumes: bool = True) -> None:
         text = str(error)
         if "Original Traceback" in text:
             text = text.strip().splitlines()[-1].split("InputError: ", 1)[-1]
-        print(f"error: {text}", file=sys.stderr)
+        tqdm.write(f"error: {text}", file=sys.stderr)  # on a line of its own, where a bar is open
         sys.exit(2)
     except KeyboardInterrupt:
         more = " with --resume to continue" if resumes else " again"
-        print(f"interrupted; run the same command{more}", file=sys.stderr)
+        tqdm.write(f"interrupted; run the same command{more}", file=sys.stderr)
         sys.exit(130)
-    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+    except (NotADirectoryError, FileExistsError, FileNotFoundError, PermissionError) as error:
         print(f"error: {error.filename}: {error.strerror}; choose another --out", file=sys.stderr)
         sys.exit(2)
 
@@ -575,7 +575,11 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
     if config is not None:
         kind = classes[config["model_type"]]
         model = kind._from_config(kind.config_class.from_dict(config), dtype=torch.float32)
-        return model, tf.AutoTokenizer.from_pretrained(tokenizer_dir)
+        try:
+            return model, tf.AutoTokenizer.from_pretrained(tokenizer_dir)
+        except LOADING_ERRORS as error:
+            why = str(error).splitlines()[0]
+            raise InputError(f"{tokenizer_dir}: no tokenizer ({why}): delete it, the one before it is used") from None
     if source in VLM_SIZES:
         family, size, tokenizer = source.split("-")[0], VLM_SIZES[source], make_tokenizer()
         ids = tokenizer.convert_tokens_to_ids
@@ -906,18 +910,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file of a run. Raises InputError for a damaged one."""
+    """A JSON object in a file of a run. Raises InputError for one that is absent or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it, or choose another --out") from None
+        return _json_object(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
+
+
+def _json_object(path: Path, *keys: str) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict) or not set(keys) <= set(value):
+        raise ValueError(f"not an object with {', '.join(keys)}" if keys else "not an object")
+    return value
 
 
 def load_meta(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's metadata. Raises InputError for a damaged file."""
     try:
-        return json.loads((checkpoint / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        return _json_object(checkpoint / "meta.json", "stage", "step", "commit", "time")
+    except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint} is damaged ({error}): delete it, and the one before it is used") from None
 
 
@@ -1012,11 +1023,13 @@ class MetricsLog:
 
 
 def read_metrics(run: Path | str) -> list[dict[str, float]]:
-    """The logged lines of a run; one that a kill cut short is left out."""
+    """The logged lines of a run; one that a kill cut short, or that is none of ours, is left out."""
     path, rows = Path(run) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
-            pass
+            continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_apply_inverts_relative(poses):
     position2, quaternion2 = common.apply_action(position[:-1], quaternion[:-1], action)
     np.testing.assert_allclose(position2, position[1:], atol=1e-5)
     away = Rotation.from_quat(quaternion2) * Rotation.from_quat(quaternion[1:]).inv()
-    assert away.magnitude().max() < 1e-3 and (quaternion2[:, 3] >= 0).all()
+    assert away.magnitude().max() < 1e-3 and np.array_equal(quaternion2, common.canonical(quaternion2))
 
 
 @given(st.lists(st.tuples(st.tuples(floats, floats, floats), angles), min_size=1, max_size=5))
@@ -581,3 +582,35 @@ def test_setup_seeds_every_rank_alike(monkeypatch):
     common.setup(3)
     assert torch.equal(first, torch.randn(2)) and process.world == 1 and process.main
     assert torch.equal(process.sum(torch.ones(2)), torch.ones(2))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"stage": "lam"}', "\xff"])
+def test_damaged_metadata_are_named(tmp_path, text):
+    (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="is damaged .*delete it, and the one before it is used"):
+        common.load_meta(tmp_path)
+    if text not in ("{}", '{"stage": "lam"}'):
+        with pytest.raises(InputError, match="is damaged .*choose another --out"):
+            common.read_json(tmp_path / "meta.json")
+
+
+def test_lines_of_a_log_that_are_none_are_left_out(tmp_path):
+    lines = (b'{"step": 1, "a": 2}', b"3", b'{"a": 1}', b"\xff\xfe", b'{"step": 2, "a": 3}', b'{"step": 3')
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert [row["a"] for row in common.read_metrics(tmp_path)] == [2, 3]
+
+
+def test_a_checkpoint_without_its_tokenizer_is_named(tmp_path):
+    vlm, tokenizer = common.load_vlm("internvl-tiny")
+    tokenizer.save_pretrained(tmp_path)
+    assert len(common.load_vlm("", vlm.config.to_dict(), tmp_path)[1]) == len(tokenizer)
+    whole = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="no tokenizer"):
+        common.load_vlm("", vlm.config.to_dict(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_numbers_out_of_range_are_refused(value):
+    with pytest.raises(InputError, match="--lr .* must be at least 0 and finite"):
+        common.at_least(SimpleNamespace(lr=value), lr=0)
