@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import common
@@ -230,22 +230,48 @@ class VLA(nn.Module):
                        last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
             module.requires_grad_(False)
 
-    def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
-        """images uint8 (B, K, 3, H, H), state (B, 46) normalised -> actions (B, H, 44), normalised, gripper columns as
-        logits of being open."""
+    def forward(self, images: Tensor, state: Tensor, instructions: list[str] | tuple[Tensor, Tensor]) -> Tensor:
+        """images uint8 (B, K, 3, H, H), state (B, 46) normalised, instructions as texts or as `Student.prompts` gives
+        them -> actions (B, H, 44), normalised, gripper columns as logits of being open."""
         assert images.shape[1] == self.cameras, (images.shape, self.cameras)
-        embeds, group, valid, positions = self.student.prefix(images, instructions)
-        cache = self.student.vlm.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
-        ).past_key_values
-        tokens = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
-        seen = F.pad(valid, (0, tokens.shape[1]), value=True)[:, None, None, :]  # all of the prefix, and themselves
-        after = positions[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.expert(
-            inputs_embeds=tokens, past_key_values=cache, position_ids=after, use_cache=True,
-            attention_mask=seen.expand(-1, -1, tokens.shape[1], -1),
-        ).last_hidden_state  # fmt: skip
-        return self.action_out(hidden[:, 1:])
+        student, expert = self.student.vlm.language_model, self.expert
+        x, group, valid, positions = self.student.prefix(images, instructions)  # (B, L, D)
+        y = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
+        after = positions[:, -1:] + 1 + torch.arange(y.shape[1], device=y.device)
+        mask = attention_mask(group, valid)
+        seen = F.pad(valid, (0, y.shape[1]), value=True)[:, None, None].expand(-1, -1, y.shape[1], -1)  # and themselves
+        x_rope, y_rope = student.rotary_emb(x, positions), expert.rotary_emb(y, after)
+        for layer, beside in zip(student.layers, expert.layers, strict=True):
+            if layer is student.layers[-1]:
+                read = KeysAndValues(*keys_and_values(layer, x, x_rope))  # nobody reads what is behind them
+            else:
+                read = KeysAndValues()
+                x = layer(x, attention_mask=mask, position_embeddings=x_rope, past_key_values=read)
+            y = beside(y, attention_mask=seen, position_embeddings=y_rope, past_key_values=read)
+        return self.action_out(expert.norm(y)[:, 1:])
+
+
+class KeysAndValues:
+    """What Gemma's attention takes for its cache: the first to come leaves its keys and values (B, heads, L, head_dim),
+    the second attends to these and to its own."""
+
+    def __init__(self, *kept: Tensor):
+        self.kept = kept
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if not self.kept:
+            self.kept = key, value
+            return key, value
+        return torch.cat([self.kept[0], key], 2), torch.cat([self.kept[1], value], 2)
+
+
+def keys_and_values(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A Gemma layer's keys and values, without the rest of it. rope: cosines and sines (B, L, head_dim)."""
+    x = layer.input_layernorm(x)
+    key, value = (rearrange(p(x), "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
+                  for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))  # fmt: skip
+    (cos, sin), (left, right) = (r[:, None] for r in rope), key.chunk(2, -1)
+    return key * cos + torch.cat([-right, left], -1) * sin, value
 
 
 def build(args: Args, checkpoint: Path | None = None) -> VLA:
@@ -310,22 +336,44 @@ def _hub_name(name: str) -> bool:
 
 
 class Policy:
-    """A fine-tuned model behind physical units. Images go through the same preprocessing as in training."""
+    """A fine-tuned model behind physical units. Images go through the same preprocessing as in training.
 
-    def __init__(self, model: VLA, args: Args, process: Process, name: str):
-        self.model, self.process, self.name = model.to(process.device).eval(), process, name
+    Weights are of `process.dtype` (float32 on a CPU, bfloat16 on a GPU). With `compile` (None: on a GPU) all that
+    happens between pixels and actions is compiled and replayed as one CUDA graph, instructions padded to a multiple of
+    16 tokens: the first call with another batch size or another such length compiles, for a minute or two at full size,
+    and every further call costs no launches."""
+
+    def __init__(self, model: VLA, args: Args, process: Process, name: str, compile: bool | None = None):
+        self.model, self.process, self.name = model.to(process.device).eval().requires_grad_(False), process, name
+        for parameter in model.parameters():  # not the buffers: normalisers and rotary frequencies stay float32
+            parameter.data = parameter.data.to(process.dtype)
         self.cameras, self.chunk, self.execute, self.hz = args.cameras, args.chunk, args.execute, args.hz
+        self.grippers = torch.tensor([i in GRIPPERS for i in range(len(ACTION_NAMES))], device=process.device)
+        compile = process.device.type == "cuda" if compile is None else compile
+        self.multiple = 16 if compile else 1
+        if compile:
+            self.predict = torch.compile(self.predict, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
-    @torch.no_grad()
+    def predict(self, pixels: Tensor, state: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels uint8 (B, K, 3, H, H), state (B, 46), prompts (B, L) -> actions (B, chunk, 44) in physical units, and
+        whether all of them are finite. Nothing in it comes from the host, as a CUDA graph demands."""
+        m = self.model
+        state = torch.where(m.state_mask, m.state_norm.normalize(state), 0.0)
+        out = m(pixels, state.to(self.process.dtype), (ids, valid)).float()
+        actions = torch.where(self.grippers, out.sigmoid(), m.action_norm.unnormalize(out))
+        finite = torch.isfinite(out).all() & torch.isfinite(actions).all()
+        return torch.where(m.action_mask, actions, 0.0), finite
+
+    @torch.inference_mode()
     def act(self, images: dict[str, np.ndarray], state: np.ndarray, instruction: Sequence[str]) -> np.ndarray:
         """images[camera] uint8 (B, H, W, 3), state (B, 46) unified and in physical units, one instruction each.
 
         Returns actions (B, chunk, 44): unified, metres and radians, gripper columns as probabilities of being open.
-        Raises InputError for other views than it was trained with, wrong shapes, NaN in the state, an instruction that
-        is empty or too long, and rather than return an action that is not finite."""
+        Raises InputError for other views than it was trained with, wrong shapes or types, NaN in the state, an
+        instruction that is empty or too long, and rather than return an action that is not finite."""
         if set(images) != set(self.cameras):
             raise InputError(f"{self.name} was trained with the views {sorted(self.cameras)}, it got {sorted(images)}")
-        if isinstance(instruction, str) or not all(s.strip() for s in instruction):
+        if isinstance(instruction, str) or not instruction or not all(s and s.strip() for s in instruction):
             raise InputError(f"one instruction a sample is needed, and none may be empty: got {instruction!r}")
         b, state = len(instruction), np.array(state, np.float32)
         if state.shape != (b, len(STATE_NAMES)):
@@ -334,26 +382,22 @@ class Policy:
             bad = np.flatnonzero(~np.isfinite(state).all(0))
             raise InputError(f"NaN or infinite state: {[STATE_NAMES[i] for i in bad]}; look at the robot's sensors")
         for camera, image in images.items():
-            if image.ndim != 4 or len(image) != b:
-                raise InputError(f"view {camera} must be ({b}, H, W, 3), one a sample: got {image.shape}")
-        m, device = self.model, self.process.device
-        pixels = torch.stack([common.prepare_images(images[c], m.student.image_size) for c in self.cameras], 1)
-        for qw in (i for i, n in enumerate(STATE_NAMES) if n.endswith("qw")):
-            state[:, qw - 3 : qw + 1] *= np.where(state[:, qw : qw + 1] < 0, -1, 1)  # w >= 0, as the reader has it
-        norm = m.state_norm.normalize(torch.from_numpy(state).to(device))
-        norm = torch.where(m.state_mask, norm, 0.0)
-        with torch.autocast(device.type, self.process.dtype, enabled=self.process.dtype != torch.float32):
-            out = m(pixels.to(device), norm, list(instruction)).float()
-        actions = m.action_norm.unnormalize(out)
-        actions[..., GRIPPERS] = out[..., GRIPPERS].sigmoid()
-        actions = torch.where(m.action_mask, actions, 0.0)
-        if not torch.isfinite(actions).all():
+            if image.dtype != np.uint8 or image.ndim != 4 or len(image) != b or image.shape[3] != 3 or not image.size:
+                raise InputError(f"view {camera} must be uint8 ({b}, H, W, 3), one a sample: got {image.dtype} "
+                                 f"{image.shape}")  # fmt: skip
+        student = self.model.student
+        pixels = torch.stack([common.prepare_images(images[c], student.image_size) for c in self.cameras], 1)
+        for _, _, s in common.ARMS:
+            state[:, s + 3 : s + 7] = common.canonical(state[:, s + 3 : s + 7])  # as the reader has it
+        given = pixels, torch.from_numpy(state), *student.prompts(list(instruction), len(images), self.multiple)
+        actions, finite = self.predict(*(x.to(self.process.device) for x in given))
+        if not finite:
             raise InputError(f"{self.name} produced a non-finite action: do not run it on a robot; train it again")
         return actions.cpu().numpy()
 
 
-def load_policy(path: str | Path) -> Policy:
-    """A fine-tuned policy from a run folder or checkpoint of this stage.
+def load_policy(path: str | Path, compile: bool | None = None) -> Policy:
+    """A fine-tuned policy from a run folder or checkpoint of this stage; compile: see Policy.
 
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "finetune")
@@ -361,7 +405,7 @@ def load_policy(path: str | Path) -> Policy:
     args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
-    return Policy(model, args, common.here(), str(path))
+    return Policy(model, args, common.here(), str(path), compile)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -482,9 +526,7 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
-    blank = torch.zeros(1, len(args.cameras), 3, size, size, dtype=torch.uint8, device=process.device)
-    with torch.no_grad():  # too long an instruction: rather said now than in a week
-        model.student.prefix(blank, [windows.longest_instruction()])
+    model.student.prompts([windows.longest_instruction()], len(args.cameras))  # too long: rather said now than later
     start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
         then = common.load_meta(kept)
