@@ -472,19 +472,15 @@ def views(batch: dict, args: Args) -> Tensor:
 def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
     """Shifts each view by up to 6 % (edges repeated) and varies brightness and contrast; uint8 (B, K, 3, H, H). What
     happens to a sample depends on (seed, its number) alone."""
-    b, k, size = images.shape[0], images.shape[1], images.shape[-1]
-    u = torch.special.ndtr(common.noise((k, 4), index, seed, images.device, purpose=3))  # uniform in (0, 1)
-    pad = max(1, round(0.06 * size))
-    flat = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate").view(b, k, 3, size + 2 * pad, -1)
-    gain, bias = 0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)
-    out = torch.empty_like(images)
-    for i in range(b):
-        for j in range(k):
-            y, x = (u[i, j, :2] * (2 * pad + 1)).long().clamp(max=2 * pad).tolist()
-            crop = flat[i, j, :, y : y + size, x : x + size]
-            mid = crop.mean()
-            out[i, j] = ((crop - mid) * gain[i, j] + mid + bias[i, j]).round().clamp(0, 255).to(torch.uint8)
-    return out
+    size, pad = images.shape[-1], max(1, round(0.06 * images.shape[-1]))
+    u = torch.special.ndtr(common.noise((images.shape[1], 4), index, seed, images.device, purpose=3))  # uniform (0, 1)
+    padded = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate")
+    corners = (u[..., :2] * (2 * pad + 1)).long().clamp(max=2 * pad).flatten(0, 1).tolist()
+    crops = [view[:, top : top + size, left : left + size] for view, (top, left) in zip(padded, corners, strict=True)]
+    x = torch.stack(crops).view(images.shape)
+    gain, bias = rearrange(torch.stack([0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)]), "two b k -> two b k 1 1 1")
+    mid = x.mean((2, 3, 4), keepdim=True)
+    return ((x - mid) * gain + mid + bias).round().clamp(0, 255).to(torch.uint8)
 
 
 def shard(model: VLA, process: Process) -> None:
