@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 import distill
@@ -110,6 +111,8 @@ class Args:
     """Largest norm of the gradient. (our choice)"""
     cpu_bf16: bool = False
     """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass. (our choice)"""
     val_every: int = 20
     """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
@@ -190,19 +193,20 @@ def pi05_expert(tensors: dict[str, Tensor], time: float = 1.0) -> dict[str, Tens
 class VLA(nn.Module):
     """The student and its action expert. `forward` works in normalised units; `Policy` speaks metres.
 
-    expert: a name of EXPERT_SIZES; chunk: H; cameras: K. Raises InputError for an unknown expert."""
+    expert: a name of EXPERT_SIZES; chunk: H; cameras: K; checkpointing: training recomputes activations. Raises
+    InputError for an unknown expert."""
 
-    def __init__(self, student: Student, expert: str, chunk: int, cameras: int):
+    def __init__(self, student: Student, expert: str, chunk: int, cameras: int, checkpointing: bool = False):
         super().__init__()
         from transformers import GemmaConfig, GemmaModel
 
         if expert not in EXPERT_SIZES:
             raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
         text = student.config.text_config
-        self.student, self.cameras = student, cameras
-        # Distillation may have recomputed activations: such layers would return no keys and values (transformers turns
-        # the cache off), and this stage fits without.
-        student.vlm.activation_checkpointing_disable()
+        self.student, self.cameras, self.checkpointing = student, cameras, checkpointing
+        student.vlm.activation_checkpointing_disable()  # for layers with keys and values `forward` has its own
+        if checkpointing:
+            student.vlm.vision_tower.activation_checkpointing_enable()
         same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
         config = GemmaConfig(
             **EXPERT_SIZES[expert], **{k: getattr(text, k) for k in same}, vocab_size=1, pad_token_id=0,
@@ -238,17 +242,26 @@ class VLA(nn.Module):
         x, group, valid, positions = self.student.prefix(images, instructions)  # (B, L, D)
         y = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
         after = positions[:, -1:] + 1 + torch.arange(y.shape[1], device=y.device)
-        mask = attention_mask(group, valid)
-        seen = F.pad(valid, (0, y.shape[1]), value=True)[:, None, None].expand(-1, -1, y.shape[1], -1)  # and themselves
+        seen = F.pad(valid, (0, y.shape[1]), value=True)[:, None, None]  # all of the prefix, and themselves
         x_rope, y_rope = student.rotary_emb(x, positions), expert.rotary_emb(y, after)
-        for layer, beside in zip(student.layers, expert.layers, strict=True):
-            if layer is student.layers[-1]:
-                read = KeysAndValues(*keys_and_values(layer, x, x_rope))  # nobody reads what is behind them
+        of_x = {"attention_mask": attention_mask(group, valid), "position_embeddings": x_rope}
+        of_y = {"attention_mask": seen.expand(-1, -1, y.shape[1], -1), "position_embeddings": y_rope}
+        for layer, beside in zip(student.layers[:-1], expert.layers[:-1], strict=True):
+            if self.checkpointing and self.training:
+                x, y = checkpoint(side_by_side, layer, beside, x, y, of_x, of_y, use_reentrant=False)
             else:
-                read = KeysAndValues()
-                x = layer(x, attention_mask=mask, position_embeddings=x_rope, past_key_values=read)
-            y = beside(y, attention_mask=seen, position_embeddings=y_rope, past_key_values=read)
+                x, y = side_by_side(layer, beside, x, y, of_x, of_y)
+        read = KeysAndValues(*keys_and_values(student.layers[-1], x, x_rope))  # nobody reads what is behind them
+        y = expert.layers[-1](y, past_key_values=read, **of_y)
         return self.action_out(expert.norm(y)[:, 1:])
+
+
+def side_by_side(
+    layer: nn.Module, beside: nn.Module, x: Tensor, y: Tensor, of_x: dict[str, Tensor], of_y: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A layer of the student on x (B, L, D), and the expert's, which reads its keys and values, on y (B, 1 + H, W)."""
+    read = KeysAndValues()
+    return layer(x, past_key_values=read, **of_x), beside(y, past_key_values=read, **of_y)
 
 
 class KeysAndValues:
@@ -286,7 +299,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         meta = common.load_meta(checkpoint)
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
-        return VLA(student, size, args.chunk, len(args.cameras))
+        return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
     if args.expert not in EXPERT_SIZES:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
@@ -298,7 +311,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         rest = rest or getattr(vlm, "left_over", {})
     else:
         student = distill.load_student(args.init)[0]
-    model = VLA(student, size, args.chunk, len(args.cameras))
+    model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     if rest:
         found = sources[args.expert if args.expert in sources else args.init]
         if size == "300m":

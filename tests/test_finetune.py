@@ -171,6 +171,28 @@ def test_trained_are_those_with_a_gradient(micro):
     assert all("k_proj.bias" in n for n in still), still  # softmax does not feel them: rounding only
 
 
+def test_checkpointing_changes_no_gradient(micro):
+    """And it recomputes: fewer tensors are kept for the backward pass."""
+    images, state, instructions = inputs()
+    grads, kept = [], []
+    for checkpointing in (False, True):
+        model = finetune.VLA(h.make_student(), "tiny", 4, 2, checkpointing).train()
+        torch.manual_seed(0)
+        for p in model.expert.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        for p in (*model.state_in.parameters(), *model.action_out.parameters(), model.queries):
+            torch.nn.init.normal_(p, std=0.05)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            out = model(images, state, instructions)
+        out.square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+    assert grads[0].keys() == grads[1].keys() and kept[1] < kept[0] / 2
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
 def test_students_of_every_origin_make_the_same_policy(tmp_path, micro):
     """A distilled student (one distilled with recomputed activations at that), PaliGemma's own folder, and random
     weights: the same tensors, the same ones trained, so that Table 4 compares nothing but what was learned before."""
