@@ -86,6 +86,7 @@ def make_models(size: str, args: Args, process: common.Process) -> tuple[finetun
     """Ours and pi0 around VLMs of one configuration, with random weights, on the device."""
     import transformers as tf
 
+    tf.logging.set_verbosity_error()
     config, preset = pi0_config(size), PRESETS[size]
     torch.manual_seed(args.seed)
     with process.device:
