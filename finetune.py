@@ -29,8 +29,8 @@ Where we depart from the paper, or fill in what it does not say:
     before the policy looks again.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
- 5. What nothing reads in this stage is not trained: the student's latent head, and in its last layer everything behind
-    the keys and values.
+ 5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
+    everything behind the keys and values.
 """
 
 import math
@@ -227,8 +227,8 @@ class VLA(nn.Module):
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
     def freeze_unread(self) -> None:
-        """Excludes from training what no loss of this stage depends on: the expert reads keys and values, so nothing
-        behind those of the student's last layer matters."""
+        """Excludes from training what `forward` never runs: the expert reads keys and values, so nothing behind those
+        of the student's last layer matters."""
         last = self.student.vlm.language_model.layers[-1]
         for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
                        last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
@@ -352,9 +352,9 @@ class Policy:
     """A fine-tuned model behind physical units. Images go through the same preprocessing as in training.
 
     Weights are of `process.dtype` (float32 on a CPU, bfloat16 on a GPU). With `compile` (None: on a GPU) all that
-    happens between pixels and actions is compiled and replayed as one CUDA graph, instructions padded to a multiple of
-    16 tokens: the first call with another batch size or another such length compiles, for a minute or two at full size,
-    and every further call costs no launches."""
+    happens between pixels and actions is compiled and replayed as one CUDA graph, so that a call costs one launch in
+    place of thousands. Instructions are then padded to a multiple of 16 tokens; the first call with another such length
+    or batch size compiles again, which takes its time."""
 
     def __init__(self, model: VLA, args: Args, process: Process, name: str, compile: bool | None = None):
         self.model, self.process, self.name = model.to(process.device).eval().requires_grad_(False), process, name
@@ -504,8 +504,7 @@ def shard(model: VLA, process: Process) -> None:
 
     how = common.sharding(process)
     vlm = model.student.vlm
-    # The student's last layer stays with the rest: nothing reads its output, which is what FSDP's backward hook waits
-    # for, but the expert reads its keys and values.
+    # The student's last layer stays with the rest: only its keys and values are computed, it is never called itself.
     for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers[:-1], *model.expert.layers]:
         fully_shard(layer, **how)
     fully_shard(model, **how)
