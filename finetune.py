@@ -365,7 +365,8 @@ class Policy:
         compile = process.device.type == "cuda" if compile is None else compile
         self.multiple = 16 if compile else 1
         if compile:
-            rearrange(self.grippers, "a -> a")  # einops' first call fills a table whose change would compile once more
+            for x in (self.grippers, model.queries):  # the types go into a table of einops', whose growth recompiles
+                rearrange(x, "... -> ...")
             self.predict = torch.compile(self.predict, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
     def predict(self, pixels: Tensor, state: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

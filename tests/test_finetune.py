@@ -423,9 +423,14 @@ def test_nothing_comes_from_the_host(normed):
     assert actions.shape == (16, 4, 44) and devices == {"meta"}
 
 
-@pytest.mark.slow
-def test_a_compiled_policy(normed):
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_policy(normed, backend, monkeypatch):
     """One graph without breaks, the same actions; other words of about the same length do not compile again."""
+    monkeypatch.setattr("einops._backends._type2backend", {})  # as in a fresh process
+    torch.compiler.reset()
+    if backend == "eager":  # traced and guarded alike, but without minutes of generating code
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
     images, state, instructions = sixteen()
     plain, compiled = policy_of(normed), policy_of(normed, compile=True)
     first = compiled.act(images, state, instructions)
