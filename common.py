@@ -770,8 +770,9 @@ def report_loading(model: nn.Module, sources: dict[str, nn.Module | list[tuple[s
 
 def normalize_pixels(images: Tensor, family: str, dtype: torch.dtype) -> Tensor:
     """uint8 (..., 3, H, W) -> the pixel values that the family's vision encoder was trained on."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in PIXELS[family])
-    return ((images.float() / 255 - mean) / std).to(dtype)
+    # Channel by channel, with plain numbers: a tensor made of them would be copied to a GPU in every call.
+    channels = zip((images.float() / 255).unbind(-3), *PIXELS[family], strict=True)
+    return torch.stack([(x - mean) / std for x, mean, std in channels], -3).to(dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -155,8 +155,7 @@ def attention_mask(group: Tensor, valid: Tensor) -> Tensor:
          [1 1 1 1 0 0]     latent
          [1 1 0 0 1 0]     subtask
          [1 1 0 0 1 1]]    subtask"""
-    table = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]], dtype=torch.bool, device=group.device)
-    allowed = table[group][:, group]  # (L, L)
+    allowed = (group == IMAGE_TEXT) | (group[:, None] == group)  # (L, L): the prefix, and one's own group
     text = group == SUBTASK
     causal = torch.ones_like(allowed).tril() | ~(text[:, None] & text[None])
     return (allowed & causal)[None, None] & valid[:, None, None, :]
@@ -191,32 +190,39 @@ class Student(nn.Module):
         valid = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows], device=self.queries.device).bool()
         return ids, valid
 
-    def prefix(self, images: Tensor, instructions: list[str], latents: bool = True):
-        """images uint8 (B, K, 3, H, H) -> what stands before the answer: embeddings (B, L, width), group (L,), valid
-        (B, L) and position numbers (B, L). Padding takes no position.
+    def prompts(self, instructions: list[str], views: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) of the prompts and where there are tokens, bool (B, L), padded to a multiple of a length.
 
-        Raises InputError for an instruction that does not fit into the model's context."""
+        Raises InputError for an instruction that does not fit into the model's context beside so many images."""
+        ids, valid = self.ids([common.STUDENT_PROMPT.format(sent=s) for s in instructions], self.tokenizer.bos_token)
+        vision = self.config.vision_config
+        room = views * (vision.image_size // vision.patch_size) ** 2 + len(self.queries)
+        if ids.shape[1] + room > (limit := self.config.text_config.max_position_embeddings):
+            longest = max(instructions, key=len)
+            raise InputError(f"an instruction of {len(longest)} letters makes {ids.shape[1]} tokens, {views} images "
+                             f"and the latents {room}: the model takes {limit} in all; shorten {longest[:60]!r}...")
+        more = (0, -ids.shape[1] % multiple)
+        return F.pad(ids, more, value=self.tokenizer.pad_token_id), F.pad(valid, more, value=False)
+
+    def prefix(self, images: Tensor, instructions: list[str] | tuple[Tensor, Tensor], latents: bool = True):
+        """images uint8 (B, K, 3, H, H), instructions as texts or as `prompts` gives them -> what stands before the
+        answer: embeddings (B, L, width), group (L,), valid (B, L) and position numbers (B, L). Padding takes no
+        position. Given prompts, nothing is copied from the host, as a CUDA graph demands."""
         embed = self.vlm.get_input_embeddings()
         b, k = images.shape[:2]
         pixels = common.normalize_pixels(rearrange(images, "b k c h w -> (b k) c h w"), "paligemma", self.queries.dtype)
         pictures = self.vlm.get_image_features(pixels).pooler_output
         pictures = rearrange(pictures, "(b k) n d -> b (k n) d", b=b)  # (B, K n, width)
-        prompts = [common.STUDENT_PROMPT.format(sent=s) for s in instructions]
-        ids, valid = self.ids(prompts, start=self.tokenizer.bos_token)
-        limit, room = self.config.text_config.max_position_embeddings, pictures.shape[1] + len(self.queries)
-        if ids.shape[1] + room > limit:
-            longest = max(instructions, key=len)
-            raise InputError(f"an instruction of {len(longest)} letters makes {ids.shape[1]} tokens, {k} images and "
-                             f"the latents {room}: the model takes {limit} in all; shorten {longest[:60]!r}...")
+        ids, valid = instructions if isinstance(instructions, tuple) else self.prompts(instructions, k)
         seen = torch.ones(pictures.shape[:2], dtype=torch.bool, device=images.device)
         parts, valid = [pictures, embed(ids).to(pictures.dtype)], torch.cat([seen, valid], 1)
-        group = [IMAGE_TEXT] * valid.shape[1]
+        group = torch.full((valid.shape[1],), IMAGE_TEXT, device=images.device)
         if latents:
             parts.append(repeat(self.queries, "n d -> b n d", b=b).to(pictures.dtype))
             valid = F.pad(valid, (0, len(self.queries)), value=True)
-            group += [LATENT] * len(self.queries)
+            group = F.pad(group, (0, len(self.queries)), value=LATENT)
         positions = valid.cumsum(1) - 1
-        return torch.cat(parts, 1), torch.tensor(group, device=images.device), valid, positions.clamp(min=0)
+        return torch.cat(parts, 1), group, valid, positions.clamp(min=0)
 
     def forward(self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None):
         """images uint8 (B, K, 3, H, H) -> Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that

@@ -29,8 +29,8 @@ Where we depart from the paper, or fill in what it does not say:
     before the policy looks again.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
- 5. What nothing reads in this stage is not trained: the student's latent head, and in its last layer everything behind
-    the keys and values.
+ 5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
+    everything behind the keys and values.
 """
 
 import math
@@ -42,8 +42,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import common
 import distill
@@ -110,6 +111,8 @@ class Args:
     """Largest norm of the gradient. (our choice)"""
     cpu_bf16: bool = False
     """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass. (our choice)"""
     val_every: int = 20
     """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
     val_samples: int = 64
@@ -190,19 +193,20 @@ def pi05_expert(tensors: dict[str, Tensor], time: float = 1.0) -> dict[str, Tens
 class VLA(nn.Module):
     """The student and its action expert. `forward` works in normalised units; `Policy` speaks metres.
 
-    expert: a name of EXPERT_SIZES; chunk: H; cameras: K. Raises InputError for an unknown expert."""
+    expert: a name of EXPERT_SIZES; chunk: H; cameras: K; checkpointing: training recomputes activations. Raises
+    InputError for an unknown expert."""
 
-    def __init__(self, student: Student, expert: str, chunk: int, cameras: int):
+    def __init__(self, student: Student, expert: str, chunk: int, cameras: int, checkpointing: bool = False):
         super().__init__()
         from transformers import GemmaConfig, GemmaModel
 
         if expert not in EXPERT_SIZES:
             raise InputError(f"unknown --expert {expert!r}: choose one of {sorted(EXPERT_SIZES)}")
         text = student.config.text_config
-        self.student, self.cameras = student, cameras
-        # Distillation may have recomputed activations: such layers would return no keys and values (transformers turns
-        # the cache off), and this stage fits without.
-        student.vlm.activation_checkpointing_disable()
+        self.student, self.cameras, self.checkpointing = student, cameras, checkpointing
+        student.vlm.activation_checkpointing_disable()  # for layers with keys and values `forward` has its own
+        if checkpointing:
+            student.vlm.vision_tower.activation_checkpointing_enable()
         same = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
         config = GemmaConfig(
             **EXPERT_SIZES[expert], **{k: getattr(text, k) for k in same}, vocab_size=1, pad_token_id=0,
@@ -223,29 +227,64 @@ class VLA(nn.Module):
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
     def freeze_unread(self) -> None:
-        """Excludes from training what no loss of this stage depends on: the expert reads keys and values, so nothing
-        behind those of the student's last layer matters."""
+        """Excludes from training what `forward` never runs: the expert reads keys and values, so nothing behind those
+        of the student's last layer matters."""
         last = self.student.vlm.language_model.layers[-1]
         for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
                        last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
             module.requires_grad_(False)
 
-    def forward(self, images: Tensor, state: Tensor, instructions: list[str]) -> Tensor:
-        """images uint8 (B, K, 3, H, H), state (B, 46) normalised -> actions (B, H, 44), normalised, gripper columns as
-        logits of being open."""
+    def forward(self, images: Tensor, state: Tensor, instructions: list[str] | tuple[Tensor, Tensor]) -> Tensor:
+        """images uint8 (B, K, 3, H, H), state (B, 46) normalised, instructions as texts or as `Student.prompts` gives
+        them -> actions (B, H, 44), normalised, gripper columns as logits of being open."""
         assert images.shape[1] == self.cameras, (images.shape, self.cameras)
-        embeds, group, valid, positions = self.student.prefix(images, instructions)
-        cache = self.student.vlm.language_model(
-            inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
-        ).past_key_values
-        tokens = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
-        seen = F.pad(valid, (0, tokens.shape[1]), value=True)[:, None, None, :]  # all of the prefix, and themselves
-        after = positions[:, -1:] + 1 + torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.expert(
-            inputs_embeds=tokens, past_key_values=cache, position_ids=after, use_cache=True,
-            attention_mask=seen.expand(-1, -1, tokens.shape[1], -1),
-        ).last_hidden_state  # fmt: skip
-        return self.action_out(hidden[:, 1:])
+        student, expert = self.student.vlm.language_model, self.expert
+        x, group, valid, positions = self.student.prefix(images, instructions)  # (B, L, D)
+        y = torch.cat([self.state_in(state)[:, None], repeat(self.queries, "h w -> b h w", b=len(state))], 1)
+        after = positions[:, -1:] + 1 + torch.arange(y.shape[1], device=y.device)
+        seen = F.pad(valid, (0, y.shape[1]), value=True)[:, None, None]  # all of the prefix, and themselves
+        x_rope, y_rope = student.rotary_emb(x, positions), expert.rotary_emb(y, after)
+        of_x = {"attention_mask": attention_mask(group, valid), "position_embeddings": x_rope}
+        of_y = {"attention_mask": seen.expand(-1, -1, y.shape[1], -1), "position_embeddings": y_rope}
+        for layer, beside in zip(student.layers[:-1], expert.layers[:-1], strict=True):
+            if self.checkpointing and self.training:
+                x, y = checkpoint(side_by_side, layer, beside, x, y, of_x, of_y, use_reentrant=False)
+            else:
+                x, y = side_by_side(layer, beside, x, y, of_x, of_y)
+        read = KeysAndValues(*keys_and_values(student.layers[-1], x, x_rope))  # nobody reads what is behind them
+        y = expert.layers[-1](y, past_key_values=read, **of_y)
+        return self.action_out(expert.norm(y)[:, 1:])
+
+
+def side_by_side(
+    layer: nn.Module, beside: nn.Module, x: Tensor, y: Tensor, of_x: dict[str, Tensor], of_y: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A layer of the student on x (B, L, D), and the expert's, which reads its keys and values, on y (B, 1 + H, W)."""
+    read = KeysAndValues()
+    return layer(x, past_key_values=read, **of_x), beside(y, past_key_values=read, **of_y)
+
+
+class KeysAndValues:
+    """What Gemma's attention takes for its cache: the first to come leaves its keys and values (B, heads, L, head_dim),
+    the second attends to these and to its own."""
+
+    def __init__(self, *kept: Tensor):
+        self.kept = kept
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        if not self.kept:
+            self.kept = key, value
+            return key, value
+        return torch.cat([self.kept[0], key], 2), torch.cat([self.kept[1], value], 2)
+
+
+def keys_and_values(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A Gemma layer's keys and values, without the rest of it. rope: cosines and sines (B, L, head_dim)."""
+    x = layer.input_layernorm(x)
+    key, value = (rearrange(p(x), "b l (h d) -> b h l d", d=layer.self_attn.head_dim)
+                  for p in (layer.self_attn.k_proj, layer.self_attn.v_proj))  # fmt: skip
+    (cos, sin), (left, right) = (r[:, None] for r in rope), key.chunk(2, -1)
+    return key * cos + torch.cat([-right, left], -1) * sin, value
 
 
 def build(args: Args, checkpoint: Path | None = None) -> VLA:
@@ -260,7 +299,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         meta = common.load_meta(checkpoint)
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
-        return VLA(student, size, args.chunk, len(args.cameras))
+        return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
     if args.expert not in EXPERT_SIZES:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
@@ -272,7 +311,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         rest = rest or getattr(vlm, "left_over", {})
     else:
         student = distill.load_student(args.init)[0]
-    model = VLA(student, size, args.chunk, len(args.cameras))
+    model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     if rest:
         found = sources[args.expert if args.expert in sources else args.init]
         if size == "300m":
@@ -310,22 +349,46 @@ def _hub_name(name: str) -> bool:
 
 
 class Policy:
-    """A fine-tuned model behind physical units. Images go through the same preprocessing as in training."""
+    """A fine-tuned model behind physical units. Images go through the same preprocessing as in training.
 
-    def __init__(self, model: VLA, args: Args, process: Process, name: str):
-        self.model, self.process, self.name = model.to(process.device).eval(), process, name
+    Weights are of `process.dtype` (float32 on a CPU, bfloat16 on a GPU). With `compile` (None: on a GPU) all that
+    happens between pixels and actions is compiled and replayed as one CUDA graph, so that a call costs one launch in
+    place of thousands. Instructions are then padded to a multiple of 16 tokens; the first call with another such length
+    or batch size compiles again, which takes its time."""
+
+    def __init__(self, model: VLA, args: Args, process: Process, name: str, compile: bool | None = None):
+        self.model, self.process, self.name = model.to(process.device).eval().requires_grad_(False), process, name
+        for parameter in model.parameters():  # not the buffers: normalisers and rotary frequencies stay float32
+            parameter.data = parameter.data.to(process.dtype)
         self.cameras, self.chunk, self.execute, self.hz = args.cameras, args.chunk, args.execute, args.hz
+        self.grippers = torch.tensor([i in GRIPPERS for i in range(len(ACTION_NAMES))], device=process.device)
+        compile = process.device.type == "cuda" if compile is None else compile
+        self.multiple = 16 if compile else 1
+        if compile:
+            for x in (self.grippers, model.queries):  # the types go into a table of einops', whose growth recompiles
+                rearrange(x, "... -> ...")
+            self.predict = torch.compile(self.predict, mode="reduce-overhead", dynamic=False, fullgraph=True)
 
-    @torch.no_grad()
+    def predict(self, pixels: Tensor, state: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels uint8 (B, K, 3, H, H), state (B, 46), prompts (B, L) -> actions (B, chunk, 44) in physical units, and
+        whether all of them are finite. Nothing in it comes from the host, as a CUDA graph demands."""
+        m = self.model
+        state = torch.where(m.state_mask, m.state_norm.normalize(state), 0.0)
+        out = m(pixels, state.to(self.process.dtype), (ids, valid)).float()
+        actions = torch.where(self.grippers, out.sigmoid(), m.action_norm.unnormalize(out))
+        finite = torch.isfinite(out).all() & torch.isfinite(actions).all()
+        return torch.where(m.action_mask, actions, 0.0), finite
+
+    @torch.inference_mode()
     def act(self, images: dict[str, np.ndarray], state: np.ndarray, instruction: Sequence[str]) -> np.ndarray:
         """images[camera] uint8 (B, H, W, 3), state (B, 46) unified and in physical units, one instruction each.
 
         Returns actions (B, chunk, 44): unified, metres and radians, gripper columns as probabilities of being open.
-        Raises InputError for other views than it was trained with, wrong shapes, NaN in the state, an instruction that
-        is empty or too long, and rather than return an action that is not finite."""
+        Raises InputError for other views than it was trained with, wrong shapes or types, NaN in the state, an
+        instruction that is empty or too long, and rather than return an action that is not finite."""
         if set(images) != set(self.cameras):
             raise InputError(f"{self.name} was trained with the views {sorted(self.cameras)}, it got {sorted(images)}")
-        if isinstance(instruction, str) or not all(s.strip() for s in instruction):
+        if isinstance(instruction, str) or not instruction or not all(s and s.strip() for s in instruction):
             raise InputError(f"one instruction a sample is needed, and none may be empty: got {instruction!r}")
         b, state = len(instruction), np.array(state, np.float32)
         if state.shape != (b, len(STATE_NAMES)):
@@ -334,26 +397,22 @@ class Policy:
             bad = np.flatnonzero(~np.isfinite(state).all(0))
             raise InputError(f"NaN or infinite state: {[STATE_NAMES[i] for i in bad]}; look at the robot's sensors")
         for camera, image in images.items():
-            if image.ndim != 4 or len(image) != b:
-                raise InputError(f"view {camera} must be ({b}, H, W, 3), one a sample: got {image.shape}")
-        m, device = self.model, self.process.device
-        pixels = torch.stack([common.prepare_images(images[c], m.student.image_size) for c in self.cameras], 1)
-        for qw in (i for i, n in enumerate(STATE_NAMES) if n.endswith("qw")):
-            state[:, qw - 3 : qw + 1] = common.canonical(state[:, qw - 3 : qw + 1])  # as the reader has it
-        norm = m.state_norm.normalize(torch.from_numpy(state).to(device))
-        norm = torch.where(m.state_mask, norm, 0.0)
-        with torch.autocast(device.type, self.process.dtype, enabled=self.process.dtype != torch.float32):
-            out = m(pixels.to(device), norm, list(instruction)).float()
-        actions = m.action_norm.unnormalize(out)
-        actions[..., GRIPPERS] = out[..., GRIPPERS].sigmoid()
-        actions = torch.where(m.action_mask, actions, 0.0)
-        if not torch.isfinite(actions).all():
+            if image.dtype != np.uint8 or image.ndim != 4 or len(image) != b or image.shape[3] != 3 or not image.size:
+                raise InputError(f"view {camera} must be uint8 ({b}, H, W, 3), one a sample: got {image.dtype} "
+                                 f"{image.shape}")  # fmt: skip
+        student = self.model.student
+        pixels = torch.stack([common.prepare_images(images[c], student.image_size) for c in self.cameras], 1)
+        for _, _, s in common.ARMS:
+            state[:, s + 3 : s + 7] = common.canonical(state[:, s + 3 : s + 7])  # as the reader has it
+        given = pixels, torch.from_numpy(state), *student.prompts(list(instruction), len(images), self.multiple)
+        actions, finite = self.predict(*(x.to(self.process.device) for x in given))
+        if not finite:
             raise InputError(f"{self.name} produced a non-finite action: do not run it on a robot; train it again")
         return actions.cpu().numpy()
 
 
-def load_policy(path: str | Path) -> Policy:
-    """A fine-tuned policy from a run folder or checkpoint of this stage.
+def load_policy(path: str | Path, compile: bool | None = None) -> Policy:
+    """A fine-tuned policy from a run folder or checkpoint of this stage; compile: see Policy.
 
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "finetune")
@@ -361,7 +420,7 @@ def load_policy(path: str | Path) -> Policy:
     args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
-    return Policy(model, args, common.here(), str(path))
+    return Policy(model, args, common.here(), str(path), compile)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -428,19 +487,15 @@ def views(batch: dict, args: Args) -> Tensor:
 def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
     """Shifts each view by up to 6 % (edges repeated) and varies brightness and contrast; uint8 (B, K, 3, H, H). What
     happens to a sample depends on (seed, its number) alone."""
-    b, k, size = images.shape[0], images.shape[1], images.shape[-1]
-    u = torch.special.ndtr(common.noise((k, 4), index, seed, images.device, purpose=3))  # uniform in (0, 1)
-    pad = max(1, round(0.06 * size))
-    flat = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate").view(b, k, 3, size + 2 * pad, -1)
-    gain, bias = 0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)
-    out = torch.empty_like(images)
-    for i in range(b):
-        for j in range(k):
-            y, x = (u[i, j, :2] * (2 * pad + 1)).long().clamp(max=2 * pad).tolist()
-            crop = flat[i, j, :, y : y + size, x : x + size]
-            mid = crop.mean()
-            out[i, j] = ((crop - mid) * gain[i, j] + mid + bias[i, j]).round().clamp(0, 255).to(torch.uint8)
-    return out
+    size, pad = images.shape[-1], max(1, round(0.06 * images.shape[-1]))
+    u = torch.special.ndtr(common.noise((images.shape[1], 4), index, seed, images.device, purpose=3))  # uniform (0, 1)
+    padded = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate")
+    corners = (u[..., :2] * (2 * pad + 1)).long().clamp(max=2 * pad).flatten(0, 1).tolist()
+    crops = [view[:, top : top + size, left : left + size] for view, (top, left) in zip(padded, corners, strict=True)]
+    x = torch.stack(crops).view(images.shape)
+    gain, bias = rearrange(torch.stack([0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)]), "two b k -> two b k 1 1 1")
+    mid = x.mean((2, 3, 4), keepdim=True)
+    return ((x - mid) * gain + mid + bias).round().clamp(0, 255).to(torch.uint8)
 
 
 def shard(model: VLA, process: Process) -> None:
@@ -451,8 +506,7 @@ def shard(model: VLA, process: Process) -> None:
 
     how = common.sharding(process)
     vlm = model.student.vlm
-    # The student's last layer stays with the rest: nothing reads its output, which is what FSDP's backward hook waits
-    # for, but the expert reads its keys and values.
+    # The student's last layer stays with the rest: only its keys and values are computed, it is never called itself.
     for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers[:-1], *model.expert.layers]:
         fully_shard(layer, **how)
     fully_shard(model, **how)
@@ -482,9 +536,7 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
-    blank = torch.zeros(1, len(args.cameras), 3, size, size, dtype=torch.uint8, device=process.device)
-    with torch.no_grad():  # too long an instruction: rather said now than in a week
-        model.student.prefix(blank, [windows.longest_instruction()])
+    model.student.prompts([windows.longest_instruction()], len(args.cameras))  # too long: rather said now than later
     start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:
         then = common.load_meta(kept)

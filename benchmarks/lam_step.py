@@ -12,11 +12,8 @@ models without a language model (a spatio-temporal transformer over pixels in vi
 8 frames of 112 px, about as many FLOPs); it is not villa-X's code.
 """
 
-import json
 import os
-import statistics
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,7 +26,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import lam
-from benchmarks import plan
+from benchmarks import measure, plan
 from common import InputError
 from data.windows import to_device
 
@@ -44,7 +41,6 @@ SIZES = {
         motion_heads=6, batch=2,
     ),
 }  # fmt: skip
-PEAK = {"A100": 312, "H100": 989, "H200": 989}  # TFLOP/s in bfloat16, without sparsity
 
 
 @dataclass
@@ -180,70 +176,29 @@ def bench(size: str, variant: str, args: Args, process: common.Process) -> dict:
     if compiled:
         for layer in plan.units(model):
             layer.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=args.fused or None)
-    cuda = process.device.type == "cuda"
-
-    def step(i: int) -> float:
-        began = time.perf_counter()
-        with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-            value = loss(i)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    for i in range(2):
-        step(i)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(step(2 + i) for i in range(args.steps))
+    step = measure.training_step(model, loss, process, args.fused)
+    seconds = measure.time_training(step, args.steps, process)
     if args.profile:
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-        with torch.profiler.profile(activities=activities) as profile:
-            step(0)
-        sort = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=sort, row_limit=16, max_name_column_width=44))
-    size_of = sum(p.numel() for p in model.parameters())
-    states = 4 * size_of + 12 * sum(p.numel() for p in trained)
-    model = loss = optimizer = trained = None  # before the next size needs the memory
-    with torch.device("meta"):
-        meta = stage.build(False)
-    gpu = process.dtype == torch.bfloat16
-    planned = plan.trace(meta, lambda: stage.step(meta), gpu)
-    if checkpointing:
-        with torch.device("meta"):
-            again = stage.build(True)
-        states += plan.trace(again, lambda: stage.step(again), gpu).peak
-    else:
-        states += planned.peak
+        measure.profile(lambda: step(0), process)
+    parameters, trained = lam.count(model) * 1e6, lam.count(model, trained=True) * 1e6
+    model = loss = step = None  # before the next size needs the memory
+    flops, activations = measure.planned(stage, checkpointing, process)
     frames = stage.args.batch * stage.args.frames
-    row = {
-        "size": size, "variant": variant, "parameters": size_of / 1e6, "batch": stage.args.batch,
+    return {
+        "size": size, "variant": variant, "parameters": parameters / 1e6, "batch": stage.args.batch,
         "frames": stage.args.frames, "pixels": stage.args.image_size, "seconds": seconds, "per_frame": seconds / frames,
-        "gflop": planned.flops / 1e9, "per_gflop": seconds / (planned.flops / 1e9),
-        "memory": (torch.cuda.max_memory_allocated() if cuda else states) / 2**30,
+        "gflop": flops / 1e9, "per_gflop": seconds / (flops / 1e9), "mfu": measure.mfu(flops, seconds, process),
+        "memory": measure.memory(parameters, trained, activations, process),
     }  # fmt: skip
-    if cuda:
-        peak = next((v for k, v in PEAK.items() if k in torch.cuda.get_device_name()), None)
-        row["mfu"] = planned.flops / seconds / (peak * 1e12) if peak else None
-        torch.cuda.empty_cache()
-    return row
 
 
 def main() -> None:
     args = common.parse_args(Args, {}, __doc__)
     common.at_least(args, steps=1, batch=0)
-    process = common.here()
-    if args.dtype != "auto":
-        process = replace(process, dtype=getattr(torch, args.dtype))
+    process = measure.here(args.dtype)
     if "full" in args.sizes and process.device.type == "cpu":
         raise InputError("the full size needs a GPU: leave it out of --sizes (its cost: python -m benchmarks.plan lam)")
-    where = torch.cuda.get_device_name() if process.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{where}, {process.dtype}, load average {os.getloadavg()[0]:.1f}; medians of {args.steps} steps")
+    print(f"{measure.where(process)}; medians of {args.steps} steps")
     print(f"{'size':10s} {'variant':14s} {'M':>8s} {'batch':>6s} {'frames':>8s} {'s/step':>8s} {'s/frame':>8s} "
           f"{'GFLOP':>9s} {'s/GFLOP':>8s} {'GiB':>6s} {'MFU':>6s}")  # fmt: skip
     rows = []
@@ -251,12 +206,12 @@ def main() -> None:
         for variant in args.variants if size != "reference" else ("plain",):
             r = bench(size, variant, args, process)
             rows.append(r)
-            mfu = f"{r['mfu']:6.1%}" if r.get("mfu") else f"{'-':>6s}"
+            mfu = f"{r['mfu']:6.1%}" if r["mfu"] else f"{'-':>6s}"
             print(f"{size:10s} {variant:14s} {r['parameters']:8.2f} {r['batch']:6d} {r['frames']:3d}x{r['pixels']:<4d} "
                   f"{r['seconds']:8.3f} {r['per_frame']:8.4f} {r['gflop']:9.1f} {r['per_gflop']:8.4f} "
                   f"{r['memory']:6.2f} {mfu}", flush=True)  # fmt: skip
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        common.write_json(Path(args.json), rows)
 
 
 if __name__ == "__main__":

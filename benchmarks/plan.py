@@ -288,7 +288,7 @@ class Stage:
     args: Any
     """The stage's own arguments: batch, accumulate, steps, checkpointing."""
     build: Callable[[bool], nn.Module]
-    """The model, with or without activation checkpointing (where the stage has it), on the current device."""
+    """The model, with or without activation checkpointing, on the current device."""
     step: Callable[[nn.Module], Tensor]
     """The loss of one micro-batch of `batch` samples of zeros."""
     parts: dict[str, str]
@@ -389,7 +389,7 @@ def plan_finetune(args: finetune.Args) -> Stage:
     def build(checkpointing: bool) -> nn.Module:
         vlm, tokenizer = make_vlm(args.init if known else same)
         student = distill.Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
-        model = finetune.VLA(student, args.expert, args.chunk, len(args.cameras)).train()
+        model = finetune.VLA(student, args.expert, args.chunk, len(args.cameras), checkpointing).train()
         model.freeze_unread()
         return model
 
@@ -508,10 +508,9 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
     common.at_least(args, gpus=1, replicas=1, gpu_memory=1e-9, gpu_tflops=1e-9, mfu=1e-9)
     if args.gpus % args.replicas:
         raise InputError(f"--gpus {args.gpus} do not divide into --replicas {args.replicas} groups")
-    choice = hasattr(stage.args, "checkpointing")  # whether the stage can recompute at all
     with torch.device("meta"):
         model = stage.build(False)
-        recomputing = stage.build(True) if choice else None
+        recomputing = stage.build(True)
         frozen = {name: make() for name, (make, _) in stage.frozen.items()}
     dtype = torch.bfloat16 if args.gpus > 1 else torch.float32
     shared = stage.sharded and args.gpus > 1
@@ -519,7 +518,7 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
     states = state_bytes(model, args)
     tokens = stage.tokens(model)
     keep = trace(model, lambda: stage.step(model), True, dtype, stage.parts)
-    recompute = trace(recomputing, lambda: stage.step(recomputing), True, dtype) if choice else keep
+    recompute = trace(recomputing, lambda: stage.step(recomputing), True, dtype)
     extra_flops = extra_peak = 0
     for name, module in frozen.items():
         parts[name] = (sum(p.numel() for p in module.parameters()), 0)
@@ -529,8 +528,7 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
         seen_as = torch.float32 if stage.sharded and not shared else torch.bfloat16
         cost = trace(module, lambda m=module, n=name: stage.frozen[n][1](m), True, seen_as)
         extra_flops, extra_peak = extra_flops + cost.flops, max(extra_peak, cost.peak + gathered)
-    checkpointing = choice and stage.args.checkpointing
-    chosen, micro = (recompute if checkpointing else keep), stage.args.accumulate * args.gpus
+    chosen, micro = (recompute if stage.args.checkpointing else keep), stage.args.accumulate * args.gpus
     peak = max(chosen.peak, extra_peak)
     step_flops = (keep.flops + extra_flops) * micro
     seconds = step_flops / (args.gpus * args.gpu_tflops * 1e12 * args.mfu)
@@ -538,7 +536,7 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
     return {
         "batch": stage.args.batch, "accumulate": stage.args.accumulate, "global_batch": stage.args.batch * micro,
         "gpus": args.gpus, "replicas": args.replicas, "parameters": parts, "tokens": tokens, "states": states,
-        "checkpointing": checkpointing if choice else None, "activations": {
+        "checkpointing": stage.args.checkpointing, "activations": {
             "kept": keep.kept, "peak": keep.peak, "kept_checkpointing": recompute.kept,
             "peak_checkpointing": recompute.peak, "frozen_models_peak": extra_peak,
         },
@@ -566,8 +564,8 @@ def show(plan: dict[str, Any], args: Args) -> None:
     for name, size in plan["states"].items():
         print(f"  {name:32s} {gib(size)}")
     a = plan["activations"]
-    for name, suffix in (("without", ""), ("with", "_checkpointing"))[: 1 if plan["checkpointing"] is None else 2]:
-        used = "" if bool(plan["checkpointing"]) == bool(suffix) else "  (not this run)"
+    for name, suffix in (("without", ""), ("with", "_checkpointing")):
+        used = "" if plan["checkpointing"] == bool(suffix) else "  (not this run)"
         print(f"  activations {name + ' checkpointing':20s} {gib(a['peak' + suffix])}  kept for the backward pass "
               f"{a['kept' + suffix] / GIB:.2f}{used}")  # fmt: skip
     if a["frozen_models_peak"]:
@@ -591,7 +589,7 @@ def show(plan: dict[str, Any], args: Args) -> None:
 
 def advice(plan: dict[str, Any]) -> str:
     """What would have to change, with the same global batch."""
-    if plan["checkpointing"] is False:
+    if not plan["checkpointing"]:
         return "add --checkpointing"
     whole = plan["batch"] * plan["accumulate"]
     fitting = [b for b in range(1, plan["batch"]) if whole % b == 0 and b <= plan["largest_batch"]]
@@ -619,7 +617,7 @@ def check(stage: Stage) -> dict[str, float]:
     """Two real steps on this CPU in float32 beside what the plan says of them: ratios of FLOPs, of the bytes of all
     tensors alive, and of resident memory, in which the allocator and the kernels' workspace take part."""
     values = {}
-    for checkpointing in (False, True)[: 1 + hasattr(stage.args, "checkpointing")]:
+    for checkpointing in (False, True):
         torch.manual_seed(0)
         model = stage.build(checkpointing)
         real = measure(model, lambda m=model: stage.step(m), {})

@@ -74,11 +74,13 @@ def save_student(run: Path, student: distill.Student, **changes) -> Path:
     return run
 
 
-def make_data(root: Path, episodes: int = 4, length: int = 8, size: tuple[int, int] = (48, 64)) -> Path:
-    """A square that moves over a floor, seen by two cameras that are not square; actions and states of every kind, of
-    very different ranges, that follow from what is seen. Subtasks change half way."""
+def make_data(
+    root: Path, episodes: int = 4, length: int = 8, size: tuple[int, int] = (48, 64), cameras=("primary", "wrist")
+) -> Path:
+    """A square that moves over a floor, seen by cameras that are not square; actions and states of every kind, of very
+    different ranges, that follow from what is seen. Subtasks change half way."""
     rng = np.random.default_rng(0)
-    with LeRobotWriter(root, cameras={"primary": size, "wrist": size}) as writer:
+    with LeRobotWriter(root, cameras={camera: size for camera in cameras}) as writer:
         for e in range(episodes):
             n = length + e % 2
             t = np.arange(n)
@@ -93,7 +95,8 @@ def make_data(root: Path, episodes: int = 4, length: int = 8, size: tuple[int, i
             turn = np.stack([np.zeros(n), np.zeros(n), np.sin(0.1 * t), np.cos(0.1 * t)], 1)
             state = np.concatenate([0.4 + where / 200, 0.3 - 0.01 * t[:, None], turn, (t < n // 2)[:, None]], 1)
             texts = ["move to the square" if k < n // 2 else "let go of it" for k in t]
-            writer.add_episode({"primary": frames, "wrist": wrist}, action, state, TASKS[e % 2], texts)
+            films = {"primary": frames, "wrist": wrist, "side": 255 - frames[:, ::-1]}
+            writer.add_episode({camera: films[camera] for camera in cameras}, action, state, TASKS[e % 2], texts)
     return root
 
 

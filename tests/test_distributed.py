@@ -134,7 +134,8 @@ def test_two_nodes_equal_one_rank(rough, one):
 def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
     more = ["--steps", 4, "--lr", 1e-4]
     forked(*stage_command(stage, world, tmp_path / "one", *more))
-    forked_ranks(*stage_command(stage, world, tmp_path / "two", *more, *TWO, "--replicas", replicas))
+    more += [*TWO, "--replicas", replicas, "--checkpointing"]
+    forked_ranks(*stage_command(stage, world, tmp_path / "two", *more))
     same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"))
 
 

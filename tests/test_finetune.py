@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
 import distill
@@ -169,6 +171,28 @@ def test_trained_are_those_with_a_gradient(micro):
     assert all("k_proj.bias" in n for n in still), still  # softmax does not feel them: rounding only
 
 
+def test_checkpointing_changes_no_gradient(micro):
+    """And it recomputes: fewer tensors are kept for the backward pass."""
+    images, state, instructions = inputs()
+    grads, kept = [], []
+    for checkpointing in (False, True):
+        model = finetune.VLA(h.make_student(), "tiny", 4, 2, checkpointing).train()
+        torch.manual_seed(0)
+        for p in model.expert.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        for p in (*model.state_in.parameters(), *model.action_out.parameters(), model.queries):
+            torch.nn.init.normal_(p, std=0.05)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):  # noqa: B023
+            out = model(images, state, instructions)
+        out.square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        kept.append(sum(sizes))
+    assert grads[0].keys() == grads[1].keys() and kept[1] < kept[0] / 2
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad)
+
+
 def test_students_of_every_origin_make_the_same_policy(tmp_path, micro):
     """A distilled student (one distilled with recomputed activations at that), PaliGemma's own folder, and random
     weights: the same tensors, the same ones trained, so that Table 4 compares nothing but what was learned before."""
@@ -229,6 +253,12 @@ def test_augment():
     assert shifts.min() == -3 and shifts.max() == 3  # 6 % of 50
     gain = (moved.amax((1, 2, 3, 4)) - moved.amin((1, 2, 3, 4))) / 100
     assert 0.79 <= gain.min() < 0.85 and 1.15 < gain.max() <= 1.21
+
+    for axis, ramp in ((3, torch.arange(size)[:, None]), (4, torch.arange(size)[None])):  # edges are repeated, no more
+        ramp = (60 + 2 * ramp.expand(n, 1, 3, size, size)).to(torch.uint8)
+        flat = (finetune.augment(ramp, torch.arange(n), 0).float().diff(dim=axis) == 0).movedim(axis, 1).flatten(2)
+        repeated = flat[:, :, 0].sum(1)
+        assert torch.equal(repeated, shifts[axis - 3].abs()) and (flat == flat[:, :, :1]).all()
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -296,7 +326,150 @@ def test_act_sees_what_training_saw(data, overfitted):
         policy.act(images, state, instruction)
         assert torch.equal(seen[-1][0], finetune.views(sample, args))
         assert torch.equal(seen[-1][1], sample["state"])
-        assert seen[-1][2] == sample["instruction"]
+        expected = policy.model.student.prompts(sample["instruction"], 2)
+        assert all(torch.equal(x, y) for x, y in zip(seen[-1][2], expected, strict=True))
+
+
+def sixteen(size: tuple[int, int] = (32, 32)) -> tuple[dict, np.ndarray, list[str]]:
+    """A batch for act() of 16 samples that differ in everything, instructions of 1 to 40 words among them."""
+    rng = np.random.default_rng(0)
+    images = {c: rng.integers(0, 256, (16, *size, 3), np.uint8) for c in ("primary", "wrist")}
+    state = rng.normal(size=(16, 46)).astype(np.float32)
+    for _, _, s in common.ARMS:
+        state[:, s + 3 : s + 7] = common.canonical(state[:, s + 3 : s + 7])
+    return images, state, [" ".join(["push"] + ["the red cup"] * (k % 14)) for k in range(16)]
+
+
+def policy_of(model: finetune.VLA, dtype: torch.dtype = torch.float32, **options) -> finetune.Policy:
+    args = run_args("", "")
+    return finetune.Policy(model, args, replace(h.process(), dtype=dtype), "a policy", **options)
+
+
+@pytest.fixture
+def normed(micro):
+    """A model whose normalisers and masks are not the identity."""
+    torch.manual_seed(1)
+    model = finetune.VLA(h.make_student(), "tiny", chunk=4, cameras=2)
+    for norm in (model.action_norm, model.state_norm):
+        norm.centre.normal_()
+        norm.scale.uniform_(0.5, 2)
+    model.state_mask[:8] = model.action_mask[:7] = False
+    return model
+
+
+def test_a_batch_of_16_equals_16_calls_equals_training(normed):
+    """Instructions of mixed lengths; the training forward in training mode, with gradients, undone by hand."""
+    images, state, instructions = sixteen()
+    pixels = torch.stack([torch.from_numpy(images[c]).movedim(-1, 1) for c in ("primary", "wrist")], 1)
+    x = torch.from_numpy(state)
+    x = torch.cat([torch.zeros(16, 8), ((x - normed.state_norm.centre) / normed.state_norm.scale)[:, 8:]], 1)
+    out = normed.train()(pixels, x, instructions).detach()
+    expected = out * normed.action_norm.scale + normed.action_norm.centre
+    expected[..., 13] = 1 / (1 + (-out[..., 13]).exp())
+    expected[..., :7] = 0
+    policy = policy_of(normed)
+    batch = policy.act(images, state, instructions)
+    np.testing.assert_allclose(batch, expected.numpy(), atol=1e-5)
+    assert np.abs(batch - batch[:1]).max(axis=(1, 2))[1:].min() > 0.01  # each sample has an answer of its own
+    for i in range(16):
+        one = policy.act({c: v[i : i + 1] for c, v in images.items()}, state[i : i + 1], instructions[i : i + 1])
+        np.testing.assert_allclose(one[0], batch[i], atol=2e-5)
+
+
+@torch.no_grad()
+def test_padded_instructions_change_nothing(model):
+    images, state, instructions = inputs()
+    out = model(images, state, instructions)
+    for multiple in (1, 16, 64):
+        ids, valid = model.student.prompts(instructions, 2, multiple)
+        assert ids.shape == valid.shape and ids.shape[1] % multiple == 0
+        torch.testing.assert_close(model(images, state, (ids, valid)), out, atol=2e-6, rtol=0)
+    ids[~valid] = 7  # what stands there is never read
+    torch.testing.assert_close(model(images, state, (ids, valid)), out, atol=2e-6, rtol=0)
+
+
+def test_a_policy_in_bfloat16(normed):
+    """As on a GPU: weights in bfloat16, normalisers and rotary frequencies not; actions within 1.5 % of their range."""
+    images, state, instructions = sixteen()
+    exact = policy_of(normed).act(images, state, instructions)
+    kept = {n: b.clone() for n, b in normed.named_buffers()}
+    out = policy_of(normed, torch.bfloat16).act(images, state, instructions)
+    assert {p.dtype for p in normed.parameters()} == {torch.bfloat16} and out.dtype == np.float32
+    assert all(torch.equal(b, kept[n]) and b.dtype == kept[n].dtype for n, b in normed.named_buffers())
+    error = np.abs(out - exact).max() / (exact.max() - exact.min())
+    assert 0 < error < 0.015, error
+
+
+def test_nothing_comes_from_the_host(normed):
+    """A CUDA graph replays kernels alone: between its inputs and the actions there may be no tensor of the host, no
+    copy from it and no value that Python looks at. Tensors of the meta device stand in for those of a GPU."""
+    policy = policy_of(normed, torch.bfloat16)
+    images, state, instructions = sixteen()
+    given = [torch.zeros(16, 2, 3, 32, 32, dtype=torch.uint8), torch.zeros(16, 46),
+             *normed.student.prompts(instructions, 2, 16)]  # fmt: skip
+    given = [x.to("meta") for x in given]
+    normed.to("meta")
+    policy.grippers = policy.grippers.to("meta")
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            devices.update(x.device.type for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+            return out
+
+    with Watch():
+        actions, _ = policy.predict(*given)
+    assert actions.shape == (16, 4, 44) and devices == {"meta"}
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_policy(normed, backend, monkeypatch):
+    """One graph without breaks, the same actions; other words of about the same length do not compile again."""
+    monkeypatch.setattr("einops._backends._type2backend", {})  # as in a fresh process
+    torch.compiler.reset()
+    if backend == "eager":  # traced and guarded alike, but without minutes of generating code
+        compile = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
+    images, state, instructions = sixteen()
+    plain, compiled = policy_of(normed), policy_of(normed, compile=True)
+    first = compiled.act(images, state, instructions)
+    np.testing.assert_allclose(first, plain.act(images, state, instructions), atol=1e-5)
+    texts = [text.replace("red", "blue") for text in instructions]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        np.testing.assert_allclose(compiled.act(images, state, texts), plain.act(images, state, texts), atol=1e-5)
+
+
+def test_half_turns_have_one_name(normed):
+    """A gripper that points straight down is a half turn: w = 0, where the sign of the quaternion is decided by x."""
+    images, state, instructions = sixteen()
+    state[:, 11:15] = 0, -0.6, 0.8, 0
+    turned = state.copy()
+    turned[:, 11:15] *= -1
+    policy = policy_of(normed)
+    assert np.array_equal(policy.act(images, state, instructions), policy.act(images, turned, instructions))
+
+
+@pytest.mark.parametrize("cameras", [("primary",), ("side", "primary"), ("primary", "wrist", "side")])
+def test_one_to_three_views(cameras, tmp_path):
+    """Trained for a step and asked, where the data no longer are: all that the policy needs is in its checkpoint."""
+    root = h.make_data(tmp_path / "data", cameras=("primary", "wrist", "side"))
+    args = run_args(root, tmp_path / "run", cameras=cameras, steps=1)
+    finetune.train(args, h.process())
+    images, state, instruction, _ = recorded(root, 0, [0, 1])
+    root.rename(tmp_path / "gone")
+    policy = finetune.load_policy(tmp_path / "run")
+    own = {c: images[c] for c in cameras}
+    out = policy.act(own, state, instruction)
+    assert out.shape == (2, 4, 44) and policy.cameras == cameras
+    for camera in cameras:  # every view counts
+        changed = own | {camera: 255 - own[camera]}
+        assert np.abs(policy.act(changed, state, instruction) - out).max() > 1e-6
+    for wrong in (images | {"fourth": images["side"]}, {"primary": images["primary"], "top": images["side"]}):
+        with pytest.raises(InputError, match="was trained with the views"):
+            policy.act(wrong, state, instruction)
+    scale = policy.model.action_norm.scale[7:13]
+    assert scale[0] > 2 * scale[2] and not torch.allclose(scale, torch.ones(6))  # the data's, from the checkpoint
 
 
 def test_act_refuses(data, overfitted):
@@ -314,16 +487,33 @@ def test_act_refuses(data, overfitted):
         (images, state, [instruction[0], " "], "none may be empty"),
         (images, state, instruction[0], "one instruction a sample"),
         (images, state, [instruction[0], "move " * 5000], "the model takes 4096"),
-        (images | {"wrist": images["wrist"][0]}, state, instruction, r"view wrist must be \(2, H, W, 3\)"),
-        (images | {"wrist": images["wrist"].astype(np.float32)}, state, instruction, "uint8"),
+        (images, state, [instruction[0], None], "none may be empty"),
+        (images, state[:0], [], "one instruction a sample"),
+        (images, state[0], instruction[:1], r"state must be \(1, 46\).* got \(46,\)"),
+        (images | {"wrist": images["wrist"][0]}, state, instruction, r"view wrist must be uint8 \(2, H, W, 3\)"),
+        (images | {"wrist": images["wrist"][:1]}, state, instruction, r"one a sample: got uint8 \(1, 48, 64, 3\)"),
+        (images | {"wrist": images["wrist"] * np.float32("nan")}, state, instruction, "must be uint8.* got float32"),
+        (images | {"primary": images["primary"][..., :1]}, state, instruction, r"got uint8 \(2, 48, 64, 1\)"),
     ]
     for pictures, numbers, text, message in cases:
         with pytest.raises(InputError, match=message):
             policy.act(pictures, numbers, text)
-    with torch.no_grad():
-        policy.model.action_out.bias.fill_(math.inf)
-    with pytest.raises(InputError, match="non-finite action"):
-        policy.act(images, state, instruction)
+
+
+def test_act_never_returns_what_is_not_finite(data, overfitted):
+    """Also where a mask or the grippers' sigmoid would hide it."""
+    policy = finetune.load_policy(overfitted)
+    images, state, instruction, _ = recorded(data, 0, [0])
+    m, masked = policy.model, ACTION_NAMES.index("left_x")
+    for poisoned in (m.student.vlm.language_model.layers[0].mlp.up_proj.weight[0], m.queries[1],
+                     m.action_norm.scale[7:8], m.action_out.bias[13:14], m.action_out.bias[masked : masked + 1]):
+        for value in (math.nan, math.inf):
+            kept = poisoned.clone()
+            poisoned.fill_(value)
+            with pytest.raises(InputError, match="non-finite action"):
+                policy.act(images, state, instruction)
+            poisoned.copy_(kept)
+    assert np.isfinite(policy.act(images, state, instruction)).all()
 
 
 # -- runs and errors ---------------------------------------------------------------------------------------------------

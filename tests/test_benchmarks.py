@@ -1,0 +1,92 @@
+"""benchmarks/policy_latency.py and train_step.py: like is compared with like, and the limits are those of the model."""
+
+import json
+from dataclasses import replace
+
+import helpers_policy as h
+import pytest
+import torch
+
+import common
+from benchmarks import measure, policy_latency, train_step
+from common import InputError
+
+
+def size(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_like_is_compared_with_like():
+    """At the full size, without memory: the same VLM, experts of the same layers; published sizes."""
+    process = replace(h.process(), device=torch.device("meta"))
+    ours, pi0 = policy_latency.make_models("full", policy_latency.Args(), process)
+    vlm = pi0.model.vlm
+    assert size(ours.student.vlm) == size(vlm) == pytest.approx(2.92e9, rel=0.005)
+    assert size(ours.expert) == pytest.approx(size(pi0.model.dit.layers), rel=0.001) == pytest.approx(311e6, rel=0.005)
+    assert (pi0.config.chunk_size, pi0.config.max_action_dim, pi0.config.max_state_dim) == (16, 44, 46)
+    # What a chunk reads: not the embeddings; ours not what is behind the last layer's keys and values.
+    read = policy_latency.read_bytes(ours, pi0, 10, replace(process, dtype=torch.bfloat16))
+    last = vlm.language_model.layers[-1]
+    behind = sum(map(size, (last.mlp, last.post_attention_layernorm, last.self_attn.q_proj, last.self_attn.o_proj)))
+    behind += size(vlm.language_model.norm) + size(ours.student.head)
+    embedding = vlm.language_model.embed_tokens.weight.numel()
+    assert read["ours"] == 2 * (size(ours) - embedding - behind)
+    once, often = size(vlm) - embedding, size(pi0) - size(vlm) - pi0.model.dit.embed_tokens.weight.numel()
+    assert read["pi0"] == 2 * (once + 10 * often)
+
+
+def test_policy_latency(monkeypatch, capsys, tmp_path):
+    args = policy_latency.Args()
+    ours, pi0 = policy_latency.make_models("tiny", args, h.process())
+    made = policy_latency.calls(ours, pi0, 3, 2, args, h.process())
+    chunks = [torch.as_tensor(call()) for call in made.values()]
+    assert list(made) == ["ours", "pi0"] and all(c.shape == (2, 16, 44) and c.isfinite().all() for c in chunks)
+
+    out = tmp_path / "t.json"
+    command = ["policy_latency", "--sizes", "tiny", "--views", "1", "2", "--batches", "2", "--repeats", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--denoise", "2", "--json", str(out)])
+    monkeypatch.setattr(measure, "bandwidth", lambda process: 1e9)
+    monkeypatch.setattr(measure, "matmul_peak", lambda process: 1e9)
+    policy_latency.main()
+    rows = json.loads(out.read_text())
+    assert [(r["views"], r["model"]) for r in rows] == [(1, "ours"), (1, "pi0"), (2, "ours"), (2, "pi0")]
+    assert len(capsys.readouterr().out.splitlines()) == 3 + len(rows)
+    for r in rows:
+        assert r["min_ms"] <= r["ms"] and r["weights_ms"] == pytest.approx(r["bytes"] / 1e6)
+        assert r["flops_ms"] == pytest.approx(r["flops"] / 1e6)
+        assert r["times_limit"] == pytest.approx(r["ms"] / max(r["weights_ms"], r["flops_ms"]))
+    # Two views of 64 tokens: the second adds 2 samples x 64 tokens x 2 FLOPs for each weight that sees them, at least.
+    seeing = size(ours.student.vlm.vision_tower) + size(ours.student.vlm.language_model.layers[:-1])
+    assert rows[2]["flops"] - rows[0]["flops"] > 2 * 2 * 64 * seeing
+    assert all(r["pi0_ratio"] == 1 for r in rows if r["model"] == "pi0")
+
+    for words, message in ((["--views", "4"], "one to 3 views"), (["--repeats", "0"], "must be at least 1")):
+        monkeypatch.setattr("sys.argv", ["policy_latency", *words])
+        with pytest.raises(InputError, match=message):
+            policy_latency.main()
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_train_step(stage, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "t.json"
+    monkeypatch.setattr("sys.argv", ["train_step", "--stages", stage, "--sizes", "tiny", "--batch", "2", "--steps",
+                                     "2", "--json", str(out)])  # fmt: skip
+    train_step.main()
+    plain, recomputing = json.loads(out.read_text())
+    assert plain["gflop"] == recomputing["gflop"] > 0.5  # the model's own, not what is recomputed
+    assert recomputing["memory"] < plain["memory"] and plain["samples"] == pytest.approx(2 / plain["seconds"])
+    assert (plain["frozen"] > 0) == (stage == "distill") and stage in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can")
+def test_the_full_size_needs_a_gpu(monkeypatch):
+    for module in (policy_latency, train_step):
+        monkeypatch.setattr("sys.argv", ["", "--sizes", "full"])
+        with pytest.raises(InputError, match="needs a GPU"):
+            module.main()
+
+
+def test_mfu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    gpu = common.Process(0, 1, torch.device("cuda"), torch.bfloat16)
+    assert measure.mfu(989e12 / 4, 0.5, gpu) == pytest.approx(0.5) and measure.mfu(1.0, 1.0, h.process()) is None
