@@ -16,7 +16,8 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ class Args:
     steps: int = 5
     """Steps that are timed, after two that are not; the median counts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products; auto: as lam.py, bfloat16 on a GPU and float32 on a CPU."""
+    """Of matrix products; auto: bfloat16 on a GPU, float32 on a CPU, where `lam.py --small` asks for bfloat16."""
     fused: bool = False
     """AdamW as one kernel."""
     channels_last: bool = False
@@ -149,20 +150,18 @@ def make_step(size: str, args: Args, process: common.Process, checkpointing: boo
         "instruction": plan.instructions(b),
     }  # fmt: skip
     batch = to_device(batch, process.device)
+    codec: Any
     if stage.frozen:  # the autoencoder from random weights: its latents mean nothing, their cost is the same
         with process.device:
-            codec = stage.frozen["image autoencoder"][0]().to(process.dtype).eval()
-        encode = lambda x: codec.encode((x.float() / 127.5 - 1).to(process.dtype)).latent.float()
+            vae = stage.frozen["image autoencoder"][0]().to(process.dtype).eval()
+        encode = lambda x: vae.encode((x.float() / 127.5 - 1).to(process.dtype)).latent.float()
+        codec = SimpleNamespace(encode=torch.no_grad()(encode))
     else:
-        encode = lam.load_codec(asked.decoder, channels, process).encode
+        codec = lam.load_codec(asked.decoder, channels, process)
     counts = lam.valid_counts(batch["action_mask"])
 
     def loss(i: int) -> Tensor:
-        with torch.no_grad():
-            current, future = encode(batch["video"][:, 0]), encode(batch["video"][:, -1])
-        noisy, s, velocity = lam.flow(future, batch["index"] + i * b, 0)
-        predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s)
-        return lam.lam_loss(predicted, velocity, actions, batch, counts, asked.lambda_a)[0]
+        return lam.micro_step(model, codec, batch | {"index": batch["index"] + i * b}, counts, asked)[0]
 
     return model, stage, loss
 
