@@ -121,17 +121,12 @@ class Cameras:
     Raises InputError when there is no GL library."""
 
     def __init__(self, model, names: tuple[str, ...], size: int, shadows: bool = False):
-        mujoco = _mujoco()
+        mujoco = import_mujoco()
 
-        self.mj, self.model, self.size = mujoco, model, size
-        self.ids = {name: model.camera(name).id for name in names}
+        self.mj, self.size = mujoco, size
+        self.watch(model, names, shadows)
         self.context = _gl_context(len(names) * size, size)
         self.context.make_current()
-        self.scene = mujoco.MjvScene(model, maxgeom=1000)
-        flags = self.scene.flags
-        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
-        for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_HAZE, mujoco.mjtRndFlag.mjRND_SKYBOX):
-            flags[flag] = 0
         self.option, self.perturb, self.camera = mujoco.MjvOption(), mujoco.MjvPerturb(), mujoco.MjvCamera()
         self.camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self.gl = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
@@ -139,6 +134,15 @@ class Cameras:
         atexit.register(self.close)  # after EGL's own exit handler, i.e. called before it
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.gl)
         self.pixels = np.zeros((size, len(names) * size, 3), np.uint8)
+
+    def watch(self, model, names: tuple[str, ...], shadows: bool = False) -> None:
+        """From now on renders these cameras of this model: at most as many as at first, and no other drawn meshes."""
+        mj, self.model = self.mj, model
+        self.ids = {name: model.camera(name).id for name in names}
+        self.scene = mj.MjvScene(model, maxgeom=1000)
+        self.scene.flags[mj.mjtRndFlag.mjRND_SHADOW] = shadows
+        for flag in (mj.mjtRndFlag.mjRND_REFLECTION, mj.mjtRndFlag.mjRND_HAZE, mj.mjtRndFlag.mjRND_SKYBOX):
+            self.scene.flags[flag] = 0
 
     def render(self, data) -> dict[str, np.ndarray]:
         """Camera name -> uint8 (size, size, 3)."""
@@ -163,7 +167,7 @@ def _free_gl(gl, context) -> None:
     context.free()
 
 
-def _mujoco():
+def import_mujoco():
     """MuJoCo, imported with MUJOCO_GL set aside: its import fails where that names a library that is absent."""
     wanted = os.environ.pop("MUJOCO_GL", None)
     try:
@@ -226,90 +230,20 @@ class Command(NamedTuple):
     free: bool
 
 
-class SimFranka:
-    """A Franka Research 3 with its hand in MuJoCo, in front of one of the five tasks. Implements Robot.
+class Arm:
+    """A chain of joints with one servo each and a tool at its end: inverse kinematics, and targets for the servos.
 
-    image_size 0 renders nothing (Observation.images is empty), which is how experts are checked quickly."""
+    In the model, a joint, its degree of freedom and its servo have one number; the chain's are `first` and the next.
+    home: joint positions that `posture`, a pull for each, draws towards where the tool leaves freedom."""
 
-    def __init__(self, task: str, image_size: int = 64, look: str = "capsule", variation: bool = False):
-        mujoco = _mujoco()
-
-        if task not in TASKS:
-            raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-        if image_size and not 16 <= image_size <= 1024:
-            raise InputError(f"image size {image_size}: must lie between 16 and 1024 pixels")
-        self.mj, self.task, self.variation = mujoco, TASKS[task](), variation
-        spec = _arm(look)
-        spec.visual.global_.offwidth, spec.visual.global_.offheight = max(2 * image_size, 16), max(image_size, 16)
-        spec.visual.quality.offsamples = 0 if image_size <= 128 and look == "capsule" else 4
-        spec.visual.quality.shadowsize = 1024 if look == "mesh" else 0  # the default of 4096 is 7 times slower on a CPU
-        self.task.build(spec.worldbody, spec)
-        for i, (kind, size) in enumerate(DISTRACTORS):
-            _geom(spec.worldbody.add_body(name=f"distractor{i}"), kind, size, name=f"distractor{i}")
-        camera, aim = self.task.camera
-        spec.worldbody.add_camera(name="primary", pos=camera, quat=_look_at(camera, aim), fovy=37)
-        self.model = spec.compile()
-        self.data, self.scratch = mujoco.MjData(self.model), mujoco.MjData(self.model)
-        self.tool = self.model.site("tool").id
-        self.owners, self.known_contacts = self._owners(), {}
-        varied = ("cam_pos", "cam_quat", "light_dir", "light_diffuse", "geom_rgba")
-        self.default = {key: getattr(self.model, key).copy() for key in varied}
-        self.jacobian = np.zeros((6, self.model.nv))
-        self.lead = np.array(DAMPING) / self.model.actuator_gainprm[:7, 0] * HZ  # ticks by which a servo trails
-        self.cameras = None
-        if image_size:
-            self.cameras = Cameras(self.model, ("primary", "wrist"), image_size, shadows=look == "mesh")
-        self.instruction, self.seconds = "", 0.0
-
-    # ---- Robot ----
-
-    def reset(self, trial: int, seed: int = 0) -> Observation:
-        """Places everything anew: a function of (seed, task, trial) alone. Raises InputError for negative numbers."""
-        if trial < 0 or seed < 0:
-            raise InputError(f"trial {trial}, seed {seed}: neither may be negative")
-        mj, model, data = self.mj, self.model, self.data
-        entropy = [seed, list(TASKS).index(self.task.name), trial]
-        rng = np.random.default_rng(np.random.SeedSequence(entropy))
-        self._plain()
-        for _ in range(200):
-            mj.mj_resetData(model, data)
-            start = np.array([0.42, 0.0, 0.28]) + rng.uniform(-0.03, 0.03, 3)
-            data.qpos[:7] = self.joints = self._solve(start, _quat(yaw=rng.uniform(-0.1, 0.1)), HOME, limit=np.inf)
-            data.qpos[7:9] = MAX_OPENING / 2
-            self.task.place(self, rng)
-            mj.mj_forward(model, data)
-            if all("table" in pair for pair in self.contacts()):  # nothing else may touch at the start
-                break
-        else:
-            raise RuntimeError(f"no placement without contact for {self.task.name}, seed {seed}, trial {trial}")
-        if self.variation:
-            self._vary(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(1,))))
-        data.ctrl[:7], data.ctrl[7] = self.joints, MAX_OPENING / 2
-        mj.mj_step(model, data, SUBSTEPS)  # objects come to rest
-        self.instruction, self.seconds, self.touched = self.task.instruction, 0.0, set()
-        self.task.begin(self)
-        return self.observe()
-
-    def observe(self) -> Observation:
-        position, quaternion = self.pose()
-        opening = np.clip(self.data.qpos[7:9].sum() / MAX_OPENING, 0, 1)
-        state = np.concatenate([position, quaternion, [opening]]).astype(np.float32)
-        return Observation(self.cameras.render(self.data) if self.cameras else {}, state)
-
-    def step(self, action: np.ndarray) -> Observation:
-        """One tick: action (7,) in common.ARM_ACTION, from the pose measured now. Raises ValueError unless finite."""
-        action = np.asarray(action, np.float64)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"an action must be 7 finite numbers, got {action}")
-        self.drive(*common.apply_action(*self.pose(), action[:6]), action[6])
-        return self.observe()
-
-    def close(self) -> None:
-        if self.cameras:
-            self.cameras.close()
-            self.cameras = None
-
-    # ---- Control ----
+    def __init__(self, model, data, first: int = 0, tool: str = "tool", home=HOME, posture=POSTURE):
+        self.mj, self.model, self.data, self.home, self.posture = import_mujoco(), model, data, home, posture
+        self.scratch = self.mj.MjData(model)
+        self.tool, self.servos = model.site(tool).id, slice(first, first + len(home))
+        self.jacobian = np.zeros((6, model.nv))
+        # Ticks by which a servo trails: its damping over its stiffness.
+        self.lead = -model.actuator_biasprm[self.servos, 2] / model.actuator_gainprm[self.servos, 0] * HZ
+        self.joints, self.change = np.array(home), np.zeros(len(home))
 
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
         """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,)."""
@@ -317,30 +251,32 @@ class SimFranka:
         self.mj.mju_mat2Quat(quat, self.data.site_xmat[self.tool])
         return self.data.site_xpos[self.tool].copy(), common.canonical(quat[[1, 2, 3, 0]])
 
-    def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
-        """Drives the tool to a pose within one tick, as far as the joints' speed allows."""
-        before, data = self.joints, self.data
-        self.joints = self._solve(position, quaternion, before, limit=JOINT_SPEED / HZ)
-        change = self.joints - before
-        data.ctrl[7] = MAX_OPENING / 2 if gripper > 0.5 else 0.0
-        for i in range(SUBSTEPS):
-            # The servos' damping makes the arm trail: feeding the velocity forward, i.e. leading, removes the lag.
-            data.ctrl[:7] = before + change * ((i + 1) / SUBSTEPS + self.lead)
-            self.mj.mj_step(self.model, data)
-            if self.task.watch:
-                self.touched |= self.contacts()
-        self.seconds += 1 / HZ
+    def start(self, position: np.ndarray, quaternion: np.ndarray) -> None:
+        """Puts the tool at a pose at once, as far as it can be reached."""
+        self.data.qpos[self.servos] = self.joints = self.solve(position, quaternion, self.home, limit=np.inf)
+        self.change = np.zeros_like(self.joints)
 
-    def _solve(self, position, quaternion, joints, limit: float) -> np.ndarray:
-        """Inverse kinematics by damped least squares, started from `joints` (7,), with a pull to HOME in the null
+    def aim(self, position: np.ndarray, quaternion: np.ndarray) -> None:
+        """Sets the pose that the tool shall have at the end of this tick, as far as the joints' speed allows."""
+        before = self.joints
+        self.joints = self.solve(position, quaternion, before, limit=JOINT_SPEED / HZ)
+        self.before, self.change = before, self.joints - before
+
+    def follow(self, part: float) -> None:
+        """Tells the servos where to be when this part, up to 1, of the tick is over."""
+        # Their damping makes the arm trail: feeding the velocity forward, i.e. leading, removes the lag.
+        self.data.ctrl[self.servos] = self.before + self.change * (part + self.lead)
+
+    def solve(self, position, quaternion, joints, limit: float) -> np.ndarray:
+        """Inverse kinematics by damped least squares, started from `joints`, with a pull to `home` in the null
         space. No joint moves by more than `limit` (rad); the direction in joint space is kept."""
         mj, model, data, start = self.mj, self.model, self.scratch, np.array(joints)
-        low, high = model.jnt_range[:7].T
+        low, high = model.jnt_range[self.servos].T
         q, target = start.copy(), np.empty(4)
         target[:] = quaternion[3], *quaternion[:3]
         here, error = np.empty(4), np.empty(6)
         for _ in range(40 if limit == np.inf else 12):
-            data.qpos[:7] = q
+            data.qpos[self.servos] = q
             mj.mj_kinematics(model, data)
             mj.mj_comPos(model, data)
             error[:3] = position - data.site_xpos[self.tool]
@@ -350,25 +286,32 @@ class SimFranka:
             if np.abs(error).max() < 1e-4:
                 break
             mj.mj_jacSite(model, data, self.jacobian[:3], self.jacobian[3:], self.tool)
-            jac = self.jacobian[:, :7]
+            jac = self.jacobian[:, self.servos]
             inverse = jac.T @ np.linalg.inv(jac @ jac.T + 1e-4 * np.eye(6))
-            move = inverse @ error + (np.eye(7) - inverse @ jac) @ (POSTURE * (HOME - q))
+            move = inverse @ error + (np.eye(len(q)) - inverse @ jac) @ (self.posture * (self.home - q))
             q = np.clip(q + np.clip(move, -0.3, 0.3), low, high)
         change = q - start
         return start + change * min(1.0, limit / max(np.abs(change).max(), 1e-9))
 
-    # ---- What tasks and experts may look at ----
 
-    def place(self, body: str, position, yaw: float = 0.0) -> None:
-        """Puts a free body, or a fixed one, at a position (x, y[, z]) with a yaw angle."""
-        position = np.array([*position, 0.0][:3])
-        quat = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
-        ref = self.model.body(body)
-        if ref.dofnum[0] == 6:
-            address = self.model.jnt_qposadr[ref.jntadr[0]]
-            self.data.qpos[address : address + 7] = *position, *quat
-        else:
-            ref.pos[:], ref.quat[:] = position, quat
+class World:
+    """A model in MuJoCo that arms act in, and what tasks and experts may look at."""
+
+    def __init__(self, spec):
+        self.mj = import_mujoco()
+        self.model = spec.compile()
+        self.data = self.mj.MjData(self.model)
+        self.owners, self.known_contacts = self._owners(), {}
+        self.touched: set[tuple[str, str]] = set()
+
+    def tick(self, arms: Sequence[Arm], watch: bool = False) -> None:
+        """The physics of one tick, in which arms go where they aim. watch: also collects contacts in `touched`."""
+        for i in range(SUBSTEPS):
+            for arm in arms:
+                arm.follow((i + 1) / SUBSTEPS)
+            self.mj.mj_step(self.model, self.data)
+            if watch:
+                self.touched |= self.contacts()
 
     def where(self, body: str) -> tuple[np.ndarray, Rotation]:
         """A body's pose in the base frame."""
@@ -394,10 +337,6 @@ class SimFranka:
         """Whether both fingers touch the body."""
         return self.touching(body, "left_finger") and self.touching(body, "right_finger")
 
-    def released(self, body: str) -> bool:
-        """Whether the gripper is told to open and no part of the robot touches the body."""
-        return self.data.ctrl[7] > 0 and not self.touching(body, "robot")
-
     def _owners(self) -> list[tuple[str, ...]]:
         """For each geom, the names that `contacts` gives it."""
         model, owners = self.model, []
@@ -406,6 +345,112 @@ class SimFranka:
             finger = (name,) if name.endswith("finger") else ()
             owners.append(("table",) if body == 0 else ("robot", *finger) if root == "base" else (root,))
         return owners
+
+
+class SimFranka(World):
+    """A Franka Research 3 with its hand in MuJoCo, in front of one of the five tasks. Implements Robot.
+
+    image_size 0 renders nothing (Observation.images is empty), which is how experts are checked quickly."""
+
+    def __init__(self, task: str, image_size: int = 64, look: str = "capsule", variation: bool = False):
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+        if image_size and not 16 <= image_size <= 1024:
+            raise InputError(f"image size {image_size}: must lie between 16 and 1024 pixels")
+        self.task, self.variation = TASKS[task](), variation
+        spec = fr3_spec(look)
+        spec.visual.global_.offwidth, spec.visual.global_.offheight = max(2 * image_size, 16), max(image_size, 16)
+        spec.visual.quality.offsamples = 0 if image_size <= 128 and look == "capsule" else 4
+        spec.visual.quality.shadowsize = 1024 if look == "mesh" else 0  # the default of 4096 is 7 times slower on a CPU
+        self.task.build(spec.worldbody, spec)
+        for i, (kind, size) in enumerate(DISTRACTORS):
+            add_geom(spec.worldbody.add_body(name=f"distractor{i}"), kind, size, name=f"distractor{i}")
+        camera, aim = self.task.camera
+        spec.worldbody.add_camera(name="primary", pos=camera, quat=look_at(camera, aim), fovy=37)
+        super().__init__(spec)
+        self.arm = Arm(self.model, self.data)
+        varied = ("cam_pos", "cam_quat", "light_dir", "light_diffuse", "geom_rgba")
+        self.default = {key: getattr(self.model, key).copy() for key in varied}
+        self.cameras = None
+        if image_size:
+            self.cameras = Cameras(self.model, ("primary", "wrist"), image_size, shadows=look == "mesh")
+        self.instruction, self.seconds = "", 0.0
+
+    # ---- Robot ----
+
+    def reset(self, trial: int, seed: int = 0) -> Observation:
+        """Places everything anew: a function of (seed, task, trial) alone. Raises InputError for negative numbers."""
+        if trial < 0 or seed < 0:
+            raise InputError(f"trial {trial}, seed {seed}: neither may be negative")
+        mj, model, data = self.mj, self.model, self.data
+        entropy = [seed, list(TASKS).index(self.task.name), trial]
+        rng = np.random.default_rng(np.random.SeedSequence(entropy))
+        self._plain()
+        for _ in range(200):
+            mj.mj_resetData(model, data)
+            start = np.array([0.42, 0.0, 0.28]) + rng.uniform(-0.03, 0.03, 3)
+            self.arm.start(start, pointing_down(yaw=rng.uniform(-0.1, 0.1)))
+            data.qpos[7:9] = MAX_OPENING / 2
+            self.task.place(self, rng)
+            mj.mj_forward(model, data)
+            if all("table" in pair for pair in self.contacts()):  # nothing else may touch at the start
+                break
+        else:
+            raise RuntimeError(f"no placement without contact for {self.task.name}, seed {seed}, trial {trial}")
+        if self.variation:
+            self._vary(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(1,))))
+        data.ctrl[:7], data.ctrl[7] = self.arm.joints, MAX_OPENING / 2
+        mj.mj_step(model, data, SUBSTEPS)  # objects come to rest
+        self.instruction, self.seconds, self.touched = self.task.instruction, 0.0, set()
+        self.task.begin(self)
+        return self.observe()
+
+    def observe(self) -> Observation:
+        position, quaternion = self.pose()
+        opening = np.clip(self.data.qpos[7:9].sum() / MAX_OPENING, 0, 1)
+        state = np.concatenate([position, quaternion, [opening]]).astype(np.float32)
+        return Observation(self.cameras.render(self.data) if self.cameras else {}, state)
+
+    def step(self, action: np.ndarray) -> Observation:
+        """One tick: action (7,) in common.ARM_ACTION, from the pose measured now. Raises ValueError unless finite."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action must be 7 finite numbers, got {action}")
+        self.drive(*common.apply_action(*self.pose(), action[:6]), action[6])
+        return self.observe()
+
+    def close(self) -> None:
+        if self.cameras:
+            self.cameras.close()
+            self.cameras = None
+
+    def pose(self) -> tuple[np.ndarray, np.ndarray]:
+        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,) with w >= 0."""
+        return self.arm.pose()
+
+    def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
+        """Drives the tool to a pose within one tick, as far as the joints' speed allows."""
+        self.arm.aim(position, quaternion)
+        self.data.ctrl[7] = MAX_OPENING / 2 if gripper > 0.5 else 0.0
+        self.tick((self.arm,), self.task.watch)
+        self.seconds += 1 / HZ
+
+    # ---- What tasks and experts may look at, beside World's ----
+
+    def place(self, body: str, position, yaw: float = 0.0) -> None:
+        """Puts a free body, or a fixed one, at a position (x, y[, z]) with a yaw angle."""
+        position = np.array([*position, 0.0][:3])
+        quat = np.array([np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)])
+        ref = self.model.body(body)
+        if ref.dofnum[0] == 6:
+            address = self.model.jnt_qposadr[ref.jntadr[0]]
+            self.data.qpos[address : address + 7] = *position, *quat
+        else:
+            ref.pos[:], ref.quat[:] = position, quat
+
+    def released(self, body: str) -> bool:
+        """Whether the gripper is told to open and no part of the robot touches the body."""
+        return self.data.ctrl[7] > 0 and not self.touching(body, "robot")
 
     def _plain(self) -> None:
         """Undoes `_vary`: light, cameras and table as built, the distractors out of sight."""
@@ -453,10 +498,10 @@ CAPSULES = {
 }
 
 
-def _arm(look: str):
+def fr3_spec(look: str):
     """MjSpec of the FR3 with its hand (from the franky-sim wheel), servos and contacts as they need to be, a `tool`
-    site, the wrist camera, the table and the light. Raises InputError when franky-sim is not installed."""
-    mujoco = _mujoco()
+    site, the wrist camera and the `stage`. Raises InputError when franky-sim is not installed."""
+    mujoco = import_mujoco()
 
     found = importlib.util.find_spec("franky_sim")
     if found is None:
@@ -464,8 +509,6 @@ def _arm(look: str):
     assets = Path(found.submodule_search_locations[0]) / "assets"
     spec = mujoco.MjSpec.from_file(str(assets / "fr3.xml"))
     spec.meshdir = str(assets / "meshes")
-    spec.option.timestep, spec.option.integrator = PHYSICS_DT, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     for key in list(spec.keys):
         spec.delete(key)
     for body in spec.bodies:
@@ -491,27 +534,36 @@ def _arm(look: str):
         for mesh in list(spec.meshes):  # 135,000 triangles that nobody draws
             if mesh.name not in used:
                 spec.delete(mesh)
-        _geom(hand, "box", (0.03, 0.1, 0.033), (0, 0, 0.034), (0.3, 0.32, 0.36, 1), visual=True)
+        add_geom(hand, "box", (0.03, 0.1, 0.033), (0, 0, 0.034), (0.3, 0.32, 0.36, 1), visual=True)
         for finger in ("left_finger", "right_finger"):
             pad = spec.body(finger)
-            _geom(pad, "box", (0.0105, 0.007, 0.026), (0, 0.0085, 0.027), (0.12, 0.12, 0.14, 1), visual=True)
+            add_geom(pad, "box", (0.0105, 0.007, 0.026), (0, 0.0085, 0.027), (0.12, 0.12, 0.14, 1), visual=True)
     hand.add_site(name="tool", pos=(0, 0, 0.1034), quat=(0, 1, 0, 0))
     eye = np.array([-0.1, 0, 0.045])
-    hand.add_camera(name="wrist", pos=eye, quat=_look_at(eye, (0, 0, 0.13), up=(1, 0, 0)), fovy=72)
+    hand.add_camera(name="wrist", pos=eye, quat=look_at(eye, (0, 0, 0.13), up=(1, 0, 0)), fovy=72)
     for servo, damping in zip(spec.actuators[:7], DAMPING, strict=True):
         servo.biasprm[2] = -damping
     grip = spec.actuator("hand")  # the shipped kp of 100 N/m lets everything slip
     grip.inheritrange = 0
     grip.ctrlrange, grip.forcerange = (0, MAX_OPENING / 2), (-140, 140)
     grip.gainprm[:1], grip.biasprm[:3] = [2000], [0, -2000, -100]
+    stage(spec, shadows=look == "mesh")
+    return spec
+
+
+def stage(spec, shadows: bool = False) -> None:
+    """Adds to a robot what surrounds it: how physics is computed, the table at z = 0, and the light."""
+    mujoco = import_mujoco()
+
+    spec.option.timestep, spec.option.integrator = PHYSICS_DT, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    spec.option.cone, spec.option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     world = spec.worldbody
-    _geom(world, "plane", (4, 4, 0.1), rgba=(0.62, 0.52, 0.42, 1), name="table")
+    add_geom(world, "plane", (4, 4, 0.1), rgba=(0.62, 0.52, 0.42, 1), name="table")
     light = world.add_light(pos=(0.6, -0.6, 2), dir=(-0.15, 0.3, -1), diffuse=(0.5, 0.5, 0.5), specular=(0.1, 0.1, 0.1))
-    light.type, light.castshadow = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, look == "mesh"
+    light.type, light.castshadow = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL, shadows
     spec.visual.headlight.ambient, spec.visual.headlight.diffuse = (0.45, 0.45, 0.45), (0.2, 0.2, 0.2)
     spec.visual.headlight.specular = (0, 0, 0)
     spec.stat.extent, spec.visual.map.znear, spec.visual.map.zfar = 1, 0.01, 10  # the wrist camera looks from near
-    return spec
 
 
 def _grip(geom) -> None:
@@ -519,9 +571,9 @@ def _grip(geom) -> None:
     geom.condim, geom.friction, geom.solref, geom.solimp[:3] = 4, (1, 0.02, 0.0005), (0.01, 1), (0.95, 0.99, 0.001)
 
 
-def _geom(body, kind: str, size, pos=(0, 0, 0), rgba=(0.5, 0.5, 0.5, 1), mass=0.0, yaw=0.0, visual=False, name=""):
+def add_geom(body, kind: str, size, pos=(0, 0, 0), rgba=(0.5, 0.5, 0.5, 1), mass=0.0, yaw=0.0, visual=False, name=""):
     """Adds one primitive; visual ones touch nothing."""
-    mujoco = _mujoco()
+    mujoco = import_mujoco()
 
     geom = body.add_geom(
         type=getattr(mujoco.mjtGeom, f"mjGEOM_{kind.upper()}"), size=[*size, 0, 0][:3], pos=pos, rgba=rgba, mass=mass,
@@ -533,13 +585,13 @@ def _geom(body, kind: str, size, pos=(0, 0, 0), rgba=(0.5, 0.5, 0.5, 1), mass=0.
     return geom
 
 
-def _free(world, name: str):
+def add_free(world, name: str):
     body = world.add_body(name=name)
     body.add_freejoint()
     return body
 
 
-def _look_at(eye, aim, up=(0, 0, 1)) -> np.ndarray:
+def look_at(eye, aim, up=(0, 0, 1)) -> np.ndarray:
     """Quaternion wxyz of a camera (which looks along its -z, with y up) at `eye` that looks at `aim`."""
     back = np.subtract(eye, aim) / np.linalg.norm(np.subtract(eye, aim))
     right = np.cross(up, back) / np.linalg.norm(np.cross(up, back))
@@ -547,7 +599,7 @@ def _look_at(eye, aim, up=(0, 0, 1)) -> np.ndarray:
     return quat[[3, 0, 1, 2]]
 
 
-def _quat(yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
+def pointing_down(yaw: float = 0.0, pitch: float = 0.0) -> np.ndarray:
     """Quaternion xyzw of a tool that points down, pitched (positive: the front goes down), then turned by yaw."""
     return Rotation.from_euler("xyz", [0, pitch, yaw]).as_quat(canonical=True)
 
@@ -556,7 +608,7 @@ def _turned(yaw: float) -> Rotation:
     return Rotation.from_euler("z", yaw)
 
 
-def _fold(yaw: float, period: float = np.pi) -> float:
+def fold(yaw: float, period: float = np.pi) -> float:
     """The equivalent angle nearest to zero of something that looks the same after `period`."""
     return (yaw + period / 2) % period - period / 2
 
@@ -643,9 +695,9 @@ class PickCup(Task):
 
     def build(self, world, spec):
         for colour, rgba in self.colours.items():
-            cup = _free(world, colour)
-            _geom(cup, "cylinder", (0.032, 0.045), rgba=rgba, mass=0.12)
-            _geom(cup, "cylinder", (0.027, 0.002), (0, 0, 0.0445), (0.2, 0.15, 0.12, 1), visual=True)
+            cup = add_free(world, colour)
+            add_geom(cup, "cylinder", (0.032, 0.045), rgba=rgba, mass=0.12)
+            add_geom(cup, "cylinder", (0.027, 0.002), (0, 0, 0.0445), (0.2, 0.15, 0.12, 1), visual=True)
 
     def place(self, sim, rng):
         self.target, self.other = ("red", "blue") if rng.random() < 0.5 else ("blue", "red")
@@ -684,14 +736,14 @@ class BlockSlot(Task):
     gap, wall, height = 0.004, 0.015, 0.03
 
     def build(self, world, spec):
-        block = _free(world, "block")
-        _geom(block, "box", self.half, rgba=(0.95, 0.75, 0.1, 1), mass=0.08)
+        block = add_free(world, "block")
+        add_geom(block, "box", self.half, rgba=(0.95, 0.75, 0.1, 1), mass=0.08)
         board = world.add_body(name="board")
         (x, y), w, z = self.half[:2] + self.gap, self.wall, self.height / 2
         for sign in (-1, 1):
-            _geom(board, "box", (w, y + 2 * w, z), (sign * (x + w), 0, z), (0.15, 0.5, 0.3, 1))
-            _geom(board, "box", (x, w, z), (0, sign * (y + w), z), (0.15, 0.5, 0.3, 1))
-        _geom(board, "box", (x, y, 0.0005), (0, 0, 0.0005), (0.08, 0.1, 0.08, 1), visual=True)
+            add_geom(board, "box", (w, y + 2 * w, z), (sign * (x + w), 0, z), (0.15, 0.5, 0.3, 1))
+            add_geom(board, "box", (x, w, z), (0, sign * (y + w), z), (0.15, 0.5, 0.3, 1))
+        add_geom(board, "box", (x, y, 0.0005), (0, 0, 0.0005), (0.08, 0.1, 0.08, 1), visual=True)
 
     def place(self, sim, rng):
         sim.place("block", (*rng.uniform((0.42, -0.22), (0.56, -0.08)), self.half[2]), rng.uniform(-0.6, 0.6))
@@ -709,15 +761,15 @@ class BlockSlot(Task):
 
     def expert(self, sim):
         (block, turned), (slot, aligned) = sim.where("block"), sim.where("board")
-        yaw, goal = _fold(turned.as_euler("xyz")[2]), _fold(aligned.as_euler("xyz")[2])
-        yield from grasp(sim, block + (0, 0, 0.014), _quat(yaw), "the block", 0.1)
+        yaw, goal = fold(turned.as_euler("xyz")[2]), fold(aligned.as_euler("xyz")[2])
+        yield from grasp(sim, block + (0, 0, 0.014), pointing_down(yaw), "the block", 0.1)
         for height, phase, free, tolerance in (
             (0.12, "move the block above the slot", True, 0.002),
             (self.half[2] + 0.004, "lower the block into the slot", False, 0.0025),
         ):
             # Where the tool must go so that the block, as it now lies in the hand, arrives upright over the slot.
             (here, tool), (held, tilt) = sim.pose(), sim.where("block")
-            turn = _turned(goal) * _turned(_fold(tilt.as_euler("xyz")[2])).inv()
+            turn = _turned(goal) * _turned(fold(tilt.as_euler("xyz")[2])).inv()
             target = np.array([*slot[:2], height]) + turn.apply(here - held)
             facing = (turn * Rotation.from_quat(tool)).as_quat(canonical=True)
             yield from reach(sim, target, facing, CLOSED, phase, 0.25 if free else 0.12, tolerance, free, 40)
@@ -736,17 +788,17 @@ class Oven(Task):
     def build(self, world, spec):
         oven, grey = world.add_body(name="oven"), (0.36, 0.38, 0.42, 1)
         (depth, width, height), w = self.inside / 2, 0.006
-        _geom(oven, "box", (depth, width, w), (depth, 0, w), grey)
-        _geom(oven, "box", (depth, width, w), (depth, 0, 2 * height + 3 * w), grey)
-        _geom(oven, "box", (w, width, height + 2 * w), (2 * depth + w, 0, height + 2 * w), (0.2, 0.2, 0.22, 1))
+        add_geom(oven, "box", (depth, width, w), (depth, 0, w), grey)
+        add_geom(oven, "box", (depth, width, w), (depth, 0, 2 * height + 3 * w), grey)
+        add_geom(oven, "box", (w, width, height + 2 * w), (2 * depth + w, 0, height + 2 * w), (0.2, 0.2, 0.22, 1))
         for side in (-1, 1):
-            _geom(oven, "box", (depth, w, height + 2 * w), (depth, side * (width + w), height + 2 * w), grey)
+            add_geom(oven, "box", (depth, w, height + 2 * w), (depth, side * (width + w), height + 2 * w), grey)
         door = oven.add_body(name="door", pos=(0, 0, self.hinge))
         joint = door.add_joint(name="door", axis=(0, -1, 0), range=(0, 1.5), damping=(0.1, 0, 0), frictionloss=1.2)
         joint.solimp_friction[:2] = 0.9999, 0.9999  # stiff dry friction: a half open door stays where it is
-        _geom(door, "box", (w, width, height), (-w, 0, height), (0.85, 0.45, 0.12, 1), mass=0.3)
+        add_geom(door, "box", (w, width, height), (-w, 0, height), (0.85, 0.45, 0.12, 1), mass=0.3)
         pane = (0.002, 0.8 * width, 0.45 * height)
-        _geom(door, "box", pane, (-2 * w, 0, 0.9 * height), (0.1, 0.1, 0.12, 1), visual=True)
+        add_geom(door, "box", pane, (-2 * w, 0, 0.9 * height), (0.1, 0.1, 0.12, 1), visual=True)
         spec.add_exclude(bodyname1="oven", bodyname2="door")
 
     def place_oven(self, sim, rng, low, high, yaw: float, angle: float) -> None:
@@ -785,7 +837,7 @@ class CloseOven(Oven):
         def behind(angle: float, away: float, below: float):
             # The fingers lean back with the door: so the push stays inside the friction cone, and the hand stays off
             # the oven's top in the end.
-            return self.edge(sim, angle, away, below), _quat(yaw, pitch=-0.05 - 0.4 * max(angle, 0))
+            return self.edge(sim, angle, away, below), pointing_down(yaw, pitch=-0.05 - 0.4 * max(angle, 0))
 
         start, facing = behind(door.qpos[0], 0.06, 0.03)
         yield from reach(sim, start + (0, 0, 0.12), facing, CLOSED, "move in front of the oven door", tolerance=0.01)
@@ -803,16 +855,16 @@ class DipBrush(Task):
     tip, grip, radius = 0.1, -0.05, 0.05  # m from the handle's centre to tip and grip; inner radius of the bowl
 
     def build(self, world, spec):
-        brush = _free(world, "brush")
-        _geom(brush, "box", (0.07, 0.008, 0.008), rgba=(0.9, 0.85, 0.3, 1), mass=0.03)
-        _geom(brush, "box", (0.015, 0.012, 0.007), (0.085, 0, 0), (0.95, 0.95, 0.95, 1), mass=0.005)
-        bowl, side = _free(world, "bowl"), 2 * np.pi / 10
-        _geom(bowl, "cylinder", (self.radius, 0.004), (0, 0, 0.004), (0.2, 0.35, 0.75, 1), mass=0.4)
-        _geom(bowl, "cylinder", (self.radius - 0.001, 0.001), (0, 0, 0.014), (0.75, 0.08, 0.05, 1), visual=True)
+        brush = add_free(world, "brush")
+        add_geom(brush, "box", (0.07, 0.008, 0.008), rgba=(0.9, 0.85, 0.3, 1), mass=0.03)
+        add_geom(brush, "box", (0.015, 0.012, 0.007), (0.085, 0, 0), (0.95, 0.95, 0.95, 1), mass=0.005)
+        bowl, side = add_free(world, "bowl"), 2 * np.pi / 10
+        add_geom(bowl, "cylinder", (self.radius, 0.004), (0, 0, 0.004), (0.2, 0.35, 0.75, 1), mass=0.4)
+        add_geom(bowl, "cylinder", (self.radius - 0.001, 0.001), (0, 0, 0.014), (0.75, 0.08, 0.05, 1), visual=True)
         pane = (0.004, self.radius * np.tan(side / 2) + 0.002, 0.016)
         for angle in side * np.arange(10):
             at = (self.radius * np.cos(angle), self.radius * np.sin(angle), 0.02)
-            _geom(bowl, "box", pane, at, (0.2, 0.35, 0.75, 1), 0.01, angle)
+            add_geom(bowl, "box", pane, at, (0.2, 0.35, 0.75, 1), 0.01, angle)
 
     def place(self, sim, rng):
         sim.place("brush", (*rng.uniform((0.4, -0.2), (0.48, -0.06)), 0.008), rng.uniform(-0.5, 0.5))
@@ -839,8 +891,8 @@ class DipBrush(Task):
         (brush, turned), bowl = sim.where("brush"), sim.where("bowl")[0]
         yaw, pitch = turned.as_euler("xyz")[2], 0.75
         handle = brush + turned.apply([self.grip, 0, 0]) + (0, 0, 0.003)
-        yield from grasp(sim, handle, _quat(yaw), "the brush's handle", 0.12)
-        tilted = _quat(yaw / 2, pitch)
+        yield from grasp(sim, handle, pointing_down(yaw), "the brush's handle", 0.12)
+        tilted = pointing_down(yaw / 2, pitch)
         for height, phase, speed, free in (
             (0.09, "move the brush above the bowl", 0.2, True),
             (0.019, "dip the brush in the sauce", 0.12, False),
@@ -865,11 +917,11 @@ class PotOven(Oven):
 
     def build(self, world, spec):
         super().build(world, spec)
-        pot = _free(world, "pot")
-        _geom(pot, "cylinder", (self.radius, self.half), rgba=(0.75, 0.12, 0.12, 1), mass=0.15)
-        _geom(pot, "cylinder", (self.radius - 0.006, 0.001), (0, 0, self.half), (0.15, 0.12, 0.1, 1), visual=True)
+        pot = add_free(world, "pot")
+        add_geom(pot, "cylinder", (self.radius, self.half), rgba=(0.75, 0.12, 0.12, 1), mass=0.15)
+        add_geom(pot, "cylinder", (self.radius - 0.006, 0.001), (0, 0, self.half), (0.15, 0.12, 0.1, 1), visual=True)
         grip = (-self.radius - 0.065, 0, self.handle)
-        _geom(pot, "box", (0.07, 0.009, 0.008), grip, (0.12, 0.12, 0.14, 1), mass=0.03)
+        add_geom(pot, "box", (0.07, 0.009, 0.008), grip, (0.12, 0.12, 0.14, 1), mass=0.03)
 
     def place(self, sim, rng):
         self.place_oven(sim, rng, (0.6, 0.08), (0.64, 0.16), 0.12, 1.5)
@@ -890,17 +942,17 @@ class PotOven(Oven):
         (pot, turned), (oven, facing) = sim.where("pot"), sim.where("oven")
         yaw, goal = turned.as_euler("xyz")[2], facing.as_euler("xyz")[2]
         handle = pot + turned.apply([-self.grip, 0, self.handle])
-        yield from grasp(sim, handle, _quat(yaw), "the pot's handle", 0.14, speed=0.1)
+        yield from grasp(sim, handle, pointing_down(yaw), "the pot's handle", 0.14, speed=0.1)
         for x, z, phase, speed, free in (
             (-0.1, 0.1, "move the pot in front of the oven", 0.2, True),
             (0.085, 0.06, "move the pot into the oven", 0.12, False),
             (0.085, 0.0155, "set the pot down in the oven", 0.08, False),
         ):
             target = oven + facing.apply([x - self.grip, 0, z + self.half + self.handle])
-            yield from reach(sim, target, _quat(goal), CLOSED, phase, speed, 0.003, free, 60)
+            yield from reach(sim, target, pointing_down(goal), CLOSED, phase, speed, 0.003, free, 60)
         yield from hold(sim, OPEN, "open the gripper", 5)
         up = sim.pose()[0] + facing.apply([-0.03, 0, 0.1])
-        yield from reach(sim, up, _quat(goal), OPEN, "move up and away", 0.2, free=False)
+        yield from reach(sim, up, pointing_down(goal), OPEN, "move up and away", 0.2, free=False)
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (PickCup, BlockSlot, CloseOven, DipBrush, PotOven)}
@@ -1104,14 +1156,30 @@ def evaluate(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Disturbance:
+    """Pushes of 2 to 4 ticks of up to 1 cm and 0.05 rad each, in free space only. What is executed is pushed off; what
+    is recorded is what the expert wanted, so the data show the way back."""
+
+    def __init__(self, rng: np.random.Generator):
+        self.rng, self.left, self.now = rng, 0, np.zeros(6)
+
+    def push(self, free: bool) -> np.ndarray:
+        """What is added to this tick's move (6,); to be called once a tick."""
+        if self.left == 0 and self.rng.random() < 0.05:
+            self.left = int(self.rng.integers(2, 5))
+            self.now = np.concatenate([self.rng.uniform(-0.01, 0.01, 3), [0, 0, self.rng.uniform(-0.05, 0.05)]])
+        pushed = self.left > 0 and free
+        self.left = max(0, self.left - 1)
+        return self.now if pushed else np.zeros(6)
+
+
 def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, str]:
     """One demonstration with disturbances. Returns the arguments of LeRobotWriter.add_episode, or None and the reason
     of failure. With rendering off, `frames` is empty and everything else the same."""
     observation, expert, task = robot.reset(trial, seed), ExpertPolicy(), robot.task
     expert.reset(robot)
     entropy = [seed, list(TASKS).index(task.name), trial]
-    rng = np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,)))
-    left, push = 0, np.zeros(6)
+    disturbance = Disturbance(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,))))
     frames: dict[str, list] = {camera: [] for camera in observation.images}
     actions, states, phases, done, reason = [], [], [], None, ""
     while done is None and robot.seconds < task.limit - 1e-6:
@@ -1121,14 +1189,7 @@ def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, s
         actions.append(action)
         states.append(observation.state)
         phases.append(expert.phase)
-        # A disturbance lasts 2 to 4 ticks of up to 1 cm and 0.05 rad each, in free space only. What is executed is
-        # pushed off; what is recorded is what the expert wanted, so the data show the way back.
-        if left == 0 and rng.random() < 0.05:
-            left = int(rng.integers(2, 5))
-            push = np.concatenate([rng.uniform(-0.01, 0.01, 3), [0, 0, rng.uniform(-0.05, 0.05)]])
-        disturb = left > 0 and expert.command.free
-        left = max(0, left - 1)
-        observation = robot.step(action + np.append(push, 0) if disturb else action)
+        observation = robot.step(action + np.append(disturbance.push(expert.command.free), 0))
         done, reason = task.check(robot)
     if not done:
         return None, reason
@@ -1141,7 +1202,7 @@ def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, s
 _robots: dict[tuple, SimFranka] = {}  # of a worker process: building one takes longer than an episode
 
 
-def _begin_work() -> None:
+def begin_work() -> None:
     """A worker leaves Ctrl-C to the main process, and never outlives it, even if that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1177,7 +1238,7 @@ def record(args: Args) -> dict[str, float]:
     failures: dict[str, list[str]] = {task: [] for task in tasks}
     ahead = max(2, 3 * args.workers // len(tasks))  # trials of a task under way at a time
     # Spawned, not forked: a GL context does not survive a fork.
-    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), _begin_work)
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), begin_work)
 
     def episodes(task: str) -> Iterator[dict]:
         queue: deque = deque()
