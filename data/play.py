@@ -12,8 +12,9 @@ Writes LeRobot data sets side by side, one a body (10 Hz; cameras `primary` and,
     fr3       the Franka Research 3 of the five tasks: right arm, action 7, state 8
     sixaxis   an arm of another shape (six joints in another order) and of changing colour
     gripper   a gripper that floats: the same tool without an arm in the picture
-    hands     two floating hands with five fingers each: all 44 actions and 46 states by name. The camera is a head's: it
-              moves, and what the hands do is told in its frame (`observation.camera`, as EgoDex has it)
+    hands     two floating hands with five fingers each: all 44 actions and 46 states by name. As in EgoDex, the camera
+              is a head's and moves, what the hands do is told in its frame (`observation.camera`), and the action is
+              the change of pose to the next tick; only the grippers, which EgoDex lacks, are as commanded
     video     all of the above as video alone: no actions, no states
 
 An episode is a function of (seed, data set, number): the set does not depend on the workers, on interruptions or on
@@ -22,8 +23,10 @@ An episode is a function of (seed, data set, number): the set does not depend on
 What it shares with the five tasks of franka.py: the FR3 and how it is drawn, its control (`franka.Arm`), the action's
 and the state's meaning, the table and the light (as one case of random ones), and the two places of their primary
 camera (as two cases among random ones), and the verbs that any language for a table has ("put", "pick up", "close").
-What it does not: their objects (cups, block and slotted board, oven, brush, bowl of sauce, pot), which have no like
-here in shape, size and name; their goals; their placements and seeds. `HELD_OUT` lists words that no text contains.
+What it does not: their objects (cups, block and slotted board, oven, brush, bowl of sauce, pot), their goals, their
+placements and seeds. The nearest that there are: cylinders narrower and lower than a cup and never red or blue, bricks
+of random sizes that go into no slot, drawers that are shut, thin bars, trays that things fall into. `HELD_OUT` lists
+words that no text contains.
 
 Every number without a source is our choice.
 """
@@ -58,6 +61,8 @@ from franka import (
     Cameras,
     Command,
     Disturbance,
+    Oven,
+    Task,
     World,
     add_free,
     add_geom,
@@ -142,8 +147,8 @@ class Limb(Arm):
 
 
 class Hand(Limb):
-    """A floating hand with five fingers of two joints each. `grasp` closes them between open (0) and closed (1), each
-    at a pace of its own; fingertips are commanded by where the fingers' joints shall bring them."""
+    """A floating hand with five fingers of two joints each, which close between open (0) and closed (1), each at a pace
+    of its own."""
 
     tips = 5
     open_joints, closed_joints = np.array([0.45, -0.25]), np.array([-0.2, -0.6])  # rad: proximal, distal
@@ -179,13 +184,6 @@ class Hand(Limb):
     def tip_positions(self) -> np.ndarray:
         """Where the fingertips are (5, 3)."""
         return self.data.site_xpos[self.sites].copy()
-
-    def tip_targets(self, position: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
-        """Where the fingertips will be (5, 3) when the tool is at this pose and the fingers at what `close` asked."""
-        self.scratch.qpos[self.servos] = 0
-        self.scratch.qpos[self.fingers] = self._angles()
-        self.mj.mj_kinematics(self.model, self.scratch)
-        return position + Rotation.from_quat(quaternion).apply(self.scratch.site_xpos[self.sites])
 
 
 def _servo(spec, joint, kp: float, kd: float) -> None:
@@ -300,7 +298,7 @@ def build_hands(rng):
         palm = _floating(spec, f"{side}_palm", f"{side}_tool")
         add_geom(palm, "box", (0.042, 0.03, 0.022), (0, 0, 0.1), skin, 0.3).contype = 0
         arm = palm.add_body(name=f"{side}_forearm", pos=(-0.03, 0, 0.115), gravcomp=1)
-        bone(arm, (-0.3, out * 0.06, 0.16), 0.035, sleeve).conaffinity = 0
+        bone(arm, (-0.2, out * 0.11, 0.07), 0.025, sleeve).conaffinity = 0
         for i, finger in enumerate(FINGERS):
             # The thumb faces the others from the other side: left and right hands are mirror images.
             sign = -out if finger == "thumb" else out
@@ -319,6 +317,8 @@ def build_hands(rng):
 
 
 BODIES = {"fr3": build_fr3, "sixaxis": build_sixaxis, "gripper": build_gripper, "hands": build_hands}
+
+CAMERAS = np.array([Task.camera, Oven.camera])  # of the five tasks: (2, place and aim, 3)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Things
@@ -352,28 +352,28 @@ def shape(kind: str, rng: np.random.Generator) -> tuple[list[tuple], float, floa
     """Primitives (kind, size, position) of a thing, half its height, its radius, its period. Metres, radians."""
     u = rng.uniform
     if kind == "cube":
-        a = u(0.017, 0.028)
+        a = u(0.019, 0.031)
         return [("box", (a, a, a), (0, 0, 0))], a, 1.42 * a, np.pi / 2
     if kind == "brick":
-        x, y, z = u(0.032, 0.048), u(0.014, 0.024), u(0.013, 0.024)
+        x, y, z = u(0.034, 0.052), u(0.016, 0.027), u(0.015, 0.026)
         return [("box", (x, y, z), (0, 0, 0))], z, float(np.hypot(x, y)), np.pi
     if kind == "bar":
-        x, y = u(0.045, 0.065), u(0.01, 0.014)
+        x, y = u(0.05, 0.07), u(0.011, 0.016)
         return [("box", (x, y, y), (0, 0, 0))], y, x, np.pi
     if kind == "tower":
-        a, z = u(0.014, 0.02), u(0.045, 0.06)
+        a, z = u(0.016, 0.022), u(0.048, 0.065)
         return [("box", (a, a, z), (0, 0, 0))], z, 1.42 * a, np.pi / 2
     if kind == "ball":
-        r = u(0.018, 0.03)
+        r = u(0.02, 0.033)
         return [("sphere", (r,), (0, 0, 0))], r, r, 0.0
     if kind == "egg":
-        x, y = u(0.026, 0.036), u(0.018, 0.024)
+        x, y = u(0.03, 0.04), u(0.02, 0.028)
         return [("ellipsoid", (x, y, y), (0, 0, 0))], y, x, np.pi
     if kind == "can":
-        r, z = u(0.016, 0.025), u(0.024, 0.036)
+        r, z = u(0.018, 0.026), u(0.024, 0.036)
         return [("cylinder", (r, z), (0, 0, 0))], z, r, 0.0
     if kind == "puck":
-        r, z = u(0.024, 0.034), u(0.011, 0.016)
+        r, z = u(0.026, 0.035), u(0.012, 0.018)
         return [("cylinder", (r, z), (0, 0, 0))], z, r, 0.0
     if kind == "cross":
         a, b, z = u(0.032, 0.042), u(0.011, 0.014), u(0.013, 0.018)
@@ -398,13 +398,16 @@ class Scene(World):
         self.movers: list = []
         self.family = family(rng)
         self.family.build(self)
-        wanted = set(self.things)
+        wanted, self.points = set(self.things), [at for at, _ in self.taken]
         for _ in range(rng.integers(0, 5)):
             with contextlib.suppress(Crowded):
                 self.thing(GRASPABLE)
         self.bystanders = set(self.things) - wanted
         self._surroundings()
         self._camera()
+        quality = self.spec.visual.quality
+        quality.shadowsize, quality.offsamples = 0, 0  # as in franka.py at up to 128 px
+        quality.numslices, quality.numstacks = 16, 8  # of round things: a third of the time, to the eye the same
         super().__init__(self.spec)
         self.limbs = {limb.side: limb for limb in limbs(self)}
         focus = self.family.focus
@@ -426,7 +429,8 @@ class Scene(World):
         """A noun and a colour that together name nothing yet: the noun, "red ball", rgba."""
         for _ in range(50):
             noun, colour = str(self.rng.choice(nouns)), str(self.rng.choice(list(COLOURS)))
-            if (words := f"{colour} {noun}") not in self.named:
+            like_a_cup = noun in ("can", "puck") and colour in ("red", "blue")
+            if (words := f"{colour} {noun}") not in self.named and not like_a_cup:
                 self.named.add(words)
                 rgb = np.clip(np.array(COLOURS[colour]) + self.rng.uniform(-0.05, 0.05, 3), 0, 1)
                 return noun, words, (*rgb, 1)
@@ -474,7 +478,7 @@ class Scene(World):
         light.diffuse = rng.uniform(0.3, 0.65) * rng.uniform(0.85, 1.0, 3)
         self.spec.visual.headlight.ambient = rng.uniform(0.35, 0.5) * np.ones(3)
         for _ in range(rng.integers(0, 4)):  # flat spots of other colours, anywhere
-            size = (*rng.uniform(0.03, 0.2, 2), 0.0004)
+            size = (*rng.uniform(0.03, 0.2, 2), rng.uniform(0.0001, 0.0005))  # no two in one plane
             at = (*rng.uniform((0.25, -0.5), (0.95, 0.5)), 0.0)
             add_geom(root, "box", size, at, (*np.clip(table.rgba[:3] + rng.uniform(-0.2, 0.2, 3), 0, 1), 1),
                      yaw=rng.uniform(0, 3), visual=True)  # fmt: skip
@@ -525,26 +529,28 @@ class Scene(World):
         self.movers.append((path, turning))
 
     def _camera(self) -> None:
-        """The primary camera. Robots: one of the two places that the five tasks have, or anywhere around. Hands: a head
-        above and behind them, which moves a little."""
-        rng = self.rng
-        choice, fovy, self.head = rng.random(), 37.0, None
+        """The primary camera, so that it sees all that the family is about. Robots: one of the two places that the five
+        tasks have, or anywhere around. Hands: a head above and behind them, which moves a little."""
+        rng, self.head = self.rng, None
+        for attempt in range(30):
+            near = np.mean(self.points, 0) if attempt else np.array([0.5, 0.0])
+            if self.body == "hands":
+                eye = np.array([rng.uniform(-0.05, 0.15), rng.uniform(-0.12, 0.12), rng.uniform(0.42, 0.6)])
+                aim, fovy = np.array([*near, 0.03]) + rng.uniform(-0.03, 0.03, 3), rng.uniform(40, 52)
+            elif attempt == 0 and rng.random() < 0.5:
+                eye, aim = CAMERAS[rng.integers(len(CAMERAS))] + rng.uniform(-0.02, 0.02, (2, 3))
+                fovy = 37.0
+            else:
+                aim, fovy = np.array([*near, 0.06]) + rng.uniform(-0.05, 0.05, 3), rng.uniform(34, 46)
+                around, up, far = rng.uniform(-2.3, 2.3), rng.uniform(0.35, 1.05), rng.uniform(0.55, 0.85)
+                eye = aim + far * np.array([np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up)])
+            w, *xyz = look_at(eye, aim)
+            seen = Rotation.from_quat([*xyz, w]).inv().apply([(*at, 0.03) - eye for at in self.points])
+            if (np.abs(seen[:, :2] / seen[:, 2:]) < 0.88 * np.tan(np.radians(fovy) / 2)).all():
+                break
         if self.body == "hands":
-            eye = np.array([rng.uniform(-0.15, 0.05), rng.uniform(-0.12, 0.12), rng.uniform(0.45, 0.65)])
-            aim, fovy = np.array([0.47, 0, 0.03]) + rng.uniform(-0.03, 0.03, 3), rng.uniform(42, 52)
-            waves = rng.uniform(0.5, 2, (2, 3)), rng.uniform(0, 6, (2, 3)), rng.uniform(0.003, 0.02, (2, 3))
-            self.head = lambda t: [p + waves[2][i] * np.sin(waves[0][i] * t + waves[1][i])
-                                   for i, p in enumerate((eye, aim))]  # fmt: skip
-        elif choice < 0.4:
-            eye, aim = (((1.0, -0.4, 0.5), (0.46, 0.0, 0.11)), ((0.12, -0.74, 0.52), (0.56, -0.01, 0.09)))[
-                choice < 0.15
-            ]
-            eye, aim = np.add(eye, rng.uniform(-0.02, 0.02, 3)), np.add(aim, rng.uniform(-0.02, 0.02, 3))
-        else:
-            aim = np.array([0.5, 0.0, 0.06]) + rng.uniform(-0.05, 0.05, 3)
-            around, up, far = rng.uniform(-2.3, 2.3), rng.uniform(0.35, 1.05), rng.uniform(0.7, 1.0)
-            eye = aim + far * np.array([np.cos(up) * np.cos(around), np.cos(up) * np.sin(around), np.sin(up)])
-            fovy = rng.uniform(36, 46)
+            pace, phase, size = rng.uniform(0.5, 2, (2, 3)), rng.uniform(0, 6, (2, 3)), rng.uniform(0.003, 0.02, (2, 3))
+            self.head = lambda t: np.array([eye, aim]) + size * np.sin(pace * t + phase)
         self.root.add_camera(name="primary", pos=eye, quat=look_at(eye, aim), fovy=fovy)
 
     # ---- acting ----
@@ -558,7 +564,7 @@ class Scene(World):
             at = np.array([0.46, 0.22 * out, 0.2]) + rng.uniform((-0.1, -0.05, -0.03), (0.1, 0.05, 0.08))
             at[1] += rng.uniform(-0.15, 0.15) * (not out)
             self.rest[side] = at, pointing_down(rng.uniform(-0.4, 0.4)), rng.uniform(0, 6, 6)
-            limb.start(*self.rest[side][:2])
+            limb.start(self.idle(limb).position, self.rest[side][1])
             limb.begin()
         self.family.start(self)
         mj.mj_forward(self.model, self.data)
@@ -582,6 +588,7 @@ class Scene(World):
         """One tick in which each limb goes for its command's pose."""
         for side, command in commands.items():
             self.limbs[side].aim(command.position, command.quaternion)
+            self.limbs[side].close(command.gripper)
             self.gripper[side] = command.gripper
         self.tick(list(self.limbs.values()))
         self.clock += 1
@@ -593,7 +600,7 @@ class Scene(World):
             self.data.mocap_pos[k], self.data.mocap_quat[k] = path(t), turning(t)
         if self.head:
             camera = self.model.camera("primary")
-            camera.pos, camera.quat = (eye_aim := self.head(t))[0], look_at(*eye_aim)
+            camera.pos, camera.quat = self.head(t)[0], look_at(*self.head(t))
         self.mj.mj_kinematics(self.model, self.data)
         self.mj.mj_camlight(self.model, self.data)
 
@@ -602,16 +609,13 @@ class Scene(World):
         camera = self.model.camera("primary")
         return np.concatenate([camera.pos, common.canonical(camera.quat[[1, 2, 3, 0]])])
 
-    def act(self, commands: dict[str, Command]) -> np.ndarray:
-        """Tells the fingers, and returns the action: commanded relative to measured. (7,), with two hands (44,)."""
-        parts, tips = [], []
-        for side, limb in self.limbs.items():
-            command = commands[side]
-            limb.close(command.gripper)
-            parts += [common.relative_action(*limb.pose(), command.position, command.quaternion), [command.gripper]]
-            if limb.tips:
-                tips.append((limb.tip_targets(command.position, command.quaternion) - limb.tip_positions()).ravel())
-        return np.concatenate([*parts, *tips]).astype(np.float32)
+    def action(self, commands: dict[str, Command]) -> np.ndarray:
+        """Commanded poses relative to the measured ones, and the grippers: 7 numbers a limb."""
+        parts = []
+        for side, command in commands.items():
+            pose = self.limbs[side].pose()
+            parts += [common.relative_action(*pose, command.position, command.quaternion), [command.gripper]]
+        return np.concatenate(parts).astype(np.float32)
 
     def state(self) -> np.ndarray:
         """(8,), with two hands (46,)."""
@@ -893,6 +897,7 @@ class Drawer(Family):
     """A drawer with an upright handle: it is taken and pulled open, or pushed shut."""
 
     name = "drawer"
+    bodies = ("fr3", "sixaxis", "gripper")  # a hand is too wide for the handle
     travel = 0.1
     opens = ("open the {x}", "pull the {x} open", "pull out the {x}")
     shuts = ("shut the {x}", "push the {x} in", "close the {x}")
@@ -1207,55 +1212,57 @@ class Topple(Family):
 
 
 class Pour(Family):
-    """A high open box with a marble in it is lifted over a tray and tilted until the marble falls out."""
+    """An open box with an upright handle and a marble in it is lifted over a tray and rolled to one side."""
 
     name = "pour"
-    bodies = ("fr3", "gripper", "hands")  # the other arm's wrist does not turn that far
+    bodies = ("fr3", "gripper")  # the other arm's wrist does not turn that far, and hands spill
     texts = ("pour the marble into the {y}", "empty the {x} into the {y}", "tip the {x} out over the {y}")
 
     def build(self, s):
         rng = self.rng
         self.half = rng.uniform(0.07, 0.085)
         self.words, self.goal = s.tray("goal", ("tray", "crate", "basin"), self.half, rng.uniform(0.025, 0.035))
-        _, box, rgba = s.paint(("carton", "beaker", "pitcher"))
-        place, yaw = s.spot(0.05), rng.uniform(-0.4, 0.4)
-        body = add_free(s.root, "carton")
+        _, scoop, rgba = s.paint(("scoop", "ladle", "shovel"))
+        place, yaw = s.spot(0.06), rng.uniform(-0.4, 0.4)
+        body = add_free(s.root, "scoop")
         body.pos, body.quat = (*place, 0), (np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
-        a, h = 0.023, rng.uniform(0.03, 0.036)  # half of its outer width and height
-        add_geom(body, "box", (a, a, 0.002), (0, 0, 0.002), rgba, 0.03)
+        a, h, self.grip = 0.024, rng.uniform(0.014, 0.018), -0.036  # half of its outer width and height; the handle's x
+        add_geom(body, "box", (a, a, 0.002), (0, 0, 0.002), rgba, 0.02)
         for x, y in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             size = (0.002 if x else a, 0.002 if y else a - 0.004, h)
-            add_geom(body, "box", size, ((a - 0.002) * x, (a - 0.002) * y, h), rgba, 0.01)
+            add_geom(body, "box", size, ((a - 0.002) * x, (a - 0.002) * y, h), rgba, 0.005)
+        self.top = 2 * h + 0.04
+        add_geom(body, "box", (0.012, 0.009, self.top / 2), (self.grip, 0, self.top / 2), 0.7 * np.array(rgba), 0.03)
         ball = add_free(s.root, "marble")
         ball.pos = (*place, 0.017)
-        add_geom(ball, "sphere", (0.01,), (0, 0, 0), _colour(rng), 0.008)
-        self.thing = s.things["carton"] = Thing("carton", box, h, 0.035, place, yaw, np.pi / 2)
-        s.things["marble"] = Thing("marble", "marble", 0.01, 0.01, place, 0.0, 0.0)
-        self.focus, self.tilt = (self.goal + place) / 2, rng.choice([-1, 1]) * rng.uniform(1.9, 2.1)
-        self.say(x=box, y=self.words)
+        add_geom(ball, "sphere", (0.012,), (0, 0, 0), _colour(rng), 0.006)
+        self.thing = s.things["scoop"] = Thing("scoop", scoop, h, 0.06, place, yaw, np.pi)
+        s.things["marble"] = Thing("marble", "marble", 0.012, 0.012, place, 0.0, 0.0)
+        self.focus, self.tilt = (self.goal + place) / 2, rng.choice([-1, 1]) * rng.uniform(1.8, 2.1)
+        self.say(x=scoop, y=self.words)
 
     def expert(self, s):
-        at, turned = s.where("carton")
-        facing, what = pointing_down(fold(turned.as_euler("xyz")[2], np.pi / 2)), f"the {self.thing.words}"
-        grip = at + (2 * self.thing.half - 0.013) * Z  # at the rim: the marble must pass the palm
-        yield from self.go(s, grip + 0.12 * Z, facing, OPEN, f"move above {what}", tolerance=0.012)
+        at, turned = s.where("scoop")
+        yaw, what = turned.as_euler("xyz")[2], f"the {self.thing.words}"
+        facing, handle = pointing_down(yaw), turned.apply([self.grip, 0, 0])
+        grip = at + handle + (self.top - 0.018) * Z
+        yield from self.go(s, grip + 0.1 * Z, facing, OPEN, f"move above {what}", tolerance=0.012)
         yield from self.go(s, grip, facing, OPEN, f"lower onto {what}", 0.2, 0.004, False)
         yield from hold(s.actor, CLOSED, f"grip {what}", 4)
-        yield from self.go(s, grip + 0.14 * Z, facing, CLOSED, f"lift {what}", 0.25, 0.012, False)
-        # Rolled by a positive angle, the box opens to the right of the gripper: it stays that much to the left.
-        yaw = Rotation.from_quat(facing).as_euler("xyz")[2]
-        aside = Rotation.from_euler("z", yaw).apply([0, np.sign(self.tilt) * 0.07, 0])
-        above = np.array([*self.goal, 0.2]) + aside
+        yield from self.go(s, grip + 0.12 * Z, facing, CLOSED, f"lift {what}", 0.25, 0.012, False)
+        # Rolled by a positive angle the marble leaves to the right: the scoop stays that much to the left.
+        aside = turned.apply([0, np.sign(self.tilt) * 0.05, 0])
+        above = np.array([*self.goal, 0.2]) + handle + aside
         tilted = (Rotation.from_euler("z", yaw) * Rotation.from_euler("x", self.tilt)).as_quat(canonical=True)
         yield from self.go(s, above, facing, CLOSED, f"move above the {self.words}", tolerance=0.012)
-        yield from self.go(s, above, tilted, CLOSED, f"tilt {what}", 0.3, 0.02, False, 20)
-        yield from hold(s.actor, CLOSED, f"tilt {what}", 4)
-        yield from self.go(s, above, facing, CLOSED, f"turn {what} back", 0.35, 0.03, False)
+        yield from self.go(s, above, tilted, CLOSED, f"tilt {what}", 0.35, 0.02, False, 20)
+        yield from hold(s.actor, CLOSED, f"tilt {what}", 3)
+        yield from self.go(s, above, facing, CLOSED, f"turn {what} back", 0.4, 0.03, False, 20)
 
     def check(self, s):
         at = s.where("marble")[0]
         inside = np.abs(at[:2] - self.goal).max() < self.half and at[2] < 0.04
-        return "" if inside and s.actor.holds("carton") else "the marble is elsewhere"
+        return "" if inside and s.actor.holds("scoop") else "the marble is elsewhere"
 
 
 def together(left: Iterator[Command], right: Iterator[Command]) -> Iterator[dict[str, Command]]:
@@ -1323,7 +1330,7 @@ class Join(Family):
         self.pair = {}
         for side, out in (("left", 1), ("right", -1)):
             at = self.middle + (rng.uniform(-0.01, 0.01), out * rng.uniform(0.09, 0.13))
-            self.pair[side] = s.thing(("cube", "puck", "can"), turn=0.2, near=at)
+            self.pair[side] = s.thing(("cube", "puck"), turn=0.2, near=at)
             s.taken += [(at - (0, out * d), 0.05) for d in (-0.08, 0.0, 0.05)]
         self.focus = self.middle
         self.words = [self.pair[side].words for side in ("left", "right")]
@@ -1337,7 +1344,7 @@ class Join(Family):
                 limb, goal, facing, CLOSED, phase, speed * self.pace, tolerance, False, ticks
             )
             # The wide side of the closed fingers pushes: a hand closes along y, and y is the way.
-            z = max(0.016, 0.7 * thing.half)
+            z = max(0.016, 0.5 * thing.half)
             behind = np.array([at[0], at[1] + out * (thing.radius + 0.05), z])
             yield from go(behind + 0.08 * Z, f"move the {side} hand behind the {thing.words}", 0.3, 0.012)
             yield from go(behind, f"lower the {side} hand behind the {thing.words}", 0.25, 0.008)
@@ -1422,7 +1429,7 @@ def play(
             seen[camera].append(image)
         rows["state"].append(scene.state())
         rows["camera"].append(scene.camera_pose())
-        rows["action"].append(scene.act(commands))
+        rows["action"].append(scene.action(commands))
         rows["subtasks"].append(next(iter(wanted.values())).phase)
         push = disturbance.push(all(c.free for c in wanted.values()))
         scene.step({side: _pushed(command, push) if side in wanted else command for side, command in commands.items()})
@@ -1432,7 +1439,20 @@ def play(
     if reason or max(moved, default=0) > 0.02:
         return None, reason or "something else was moved"
     stacked = {key: np.stack(rows[key]) for key in ("action", "state", "camera")}
+    if body == "hands":
+        rows["state"].append(scene.state())
+        stacked["action"] = hand_action(np.stack(rows["state"]), stacked["action"])
     return {"frames": seen, "task": scene.family.instruction, "subtasks": rows["subtasks"]} | stacked, ""
+
+
+def hand_action(state: np.ndarray, commanded: np.ndarray) -> np.ndarray:
+    """What two hands did, as recordings of people have it: the change of pose from each tick to the next. state
+    (n + 1, 46); commanded (n, 14), of which the grippers count. Returns (n, 44)."""
+    parts = []
+    for _, a, s in common.ARMS:
+        p, q = state[:, s : s + 3], state[:, s + 3 : s + 7]
+        parts += [common.relative_action(p[:-1], q[:-1], p[1:], q[1:]), commanded[:, a + 6 : a + 7]]
+    return np.concatenate([*parts, np.diff(state[:, 16:], axis=0)], 1).astype(np.float32)
 
 
 def _pushed(command: Command, push: np.ndarray) -> Command:
@@ -1487,8 +1507,9 @@ def record(args: Args) -> None:
         writers = {}
         for name, corpus in CORPORA.items():
             path = out / name / "meta/play.json"
-            if path.exists() and args.resume and (there := common.read_json(path)) != settings:
-                raise InputError(f"{path.parent.parent} was made with {there}, not {settings}: choose another --out")
+            there = common.read_json(path) if path.exists() else "another program"
+            if args.resume and (out / name / "meta/info.json").exists() and there != settings:
+                raise InputError(f"{out / name} was made with {there}, not {settings}: choose another --out")
             writers[name] = LeRobotWriter(
                 out / name, HZ, corpus.bodies[0] if len(corpus.bodies) == 1 else "several", corpus.action_names,
                 corpus.state_names, {c: (args.image_size,) * 2 for c in corpus.cameras}, args.resume,
@@ -1540,21 +1561,22 @@ def record(args: Args) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sheet(path: Path, seed: int, size: int = 112, columns: int = 7) -> None:
-    """Draws a row of frames of an episode of each family, the bodies taking turns, with its instruction."""
+def sheet(path: Path, seed: int, size: int = 96, frames: int = 6) -> None:
+    """Draws frames of an episode of each family, the bodies taking turns, with its instruction; two families a row."""
     from PIL import Image, ImageDraw, ImageFont
 
     label, gap = 17, 3
-    page = Image.new("RGB", (columns * (size + gap) + gap, len(FAMILIES) * (size + label + gap) + gap), "white")
+    width, height = frames * (size + gap) + 4 * gap, size + label + gap
+    page = Image.new("RGB", (2 * width - 3 * gap, height * ((len(FAMILIES) + 1) // 2)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
-    for row, (name, family) in enumerate(tqdm(FAMILIES.items(), "sheet", unit="family")):
-        body = family.bodies[row % len(family.bodies)]
-        tries = (play(body, name, (seed, 99, row, attempt), size)[0] for attempt in range(ATTEMPTS))
-        episode, top = next(filter(None, tries)), row * (size + label + gap) + gap
-        draw.text((gap, top), f"{name}, {body}: {episode['task']}", "black", font)
-        shown = np.linspace(0, len(episode["action"]) - 1, columns).round().astype(int)
-        for column, t in enumerate(shown):
-            page.paste(Image.fromarray(episode["frames"]["primary"][t]), (gap + column * (size + gap), top + label))
+    for k, (name, family) in enumerate(tqdm(FAMILIES.items(), "sheet", unit="family")):
+        body = family.bodies[k % len(family.bodies)]
+        tries = (play(body, name, (seed, len(CORPORA), k, attempt), size)[0] for attempt in range(ATTEMPTS))
+        episode, left, top = next(filter(None, tries)), k % 2 * width, k // 2 * height
+        draw.text((left + gap, top), f"{name}, {body}: {episode['task']}", "black", font)
+        shown = np.linspace(0, len(episode["action"]) - 1, frames).round().astype(int)
+        for i, t in enumerate(shown):
+            page.paste(Image.fromarray(episode["frames"]["primary"][t]), (left + gap + i * (size + gap), top + label))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(128).save(path)
     print(f"wrote {path}")

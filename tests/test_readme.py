@@ -37,7 +37,8 @@ def test_a_command_parses(line):
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]]
     if words[1] == "-m":
         module = importlib.import_module(words[2])
-        tyro.cli(module.Args, args=words[3:])
+        presets = {name: getattr(module, name.upper()) for name in ("tiny", "small") if hasattr(module, name.upper())}
+        common.parse_args(module.Args, presets, "", words[3:])
         return
     name = Path(words[1]).stem
     if name not in SCRIPTS:
