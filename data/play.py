@@ -638,7 +638,7 @@ class Family:
     focus: np.ndarray | None = None  # where it happens
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self.pace = rng, rng.uniform(0.6, 1.1)
+        self.rng, self.pace = rng, rng.uniform(0.5, 1.0)
 
     def say(self, **words: str) -> None:
         self.instruction = str(self.rng.choice(self.texts)).format(**words)
@@ -1164,7 +1164,7 @@ class Turn(Family):
 
     def build(self, s):
         self.thing = s.thing(("brick", "bar", "egg"), turn=0.7)
-        self.angle = self.rng.choice([-1, 1]) * self.rng.uniform(0.6, 1.1)
+        self.angle = self.rng.choice([-1, 1]) * self.rng.uniform(0.5, 1.0)
         self.focus = self.thing.at
         self.say(x=self.thing.words, y="counterclockwise" if self.angle > 0 else "clockwise")
 
@@ -1370,7 +1370,7 @@ FAMILIES: dict[str, type[Family]] = {
 # One episode
 # --------------------------------------------------------------------------------------------------------------------
 
-LIMIT = 100  # ticks
+LIMIT = 120  # ticks
 _eyes: dict[tuple[int, int], Cameras] = {}  # of this process: a GL context takes longer than an episode
 
 

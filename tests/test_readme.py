@@ -37,8 +37,10 @@ def test_a_command_parses(line):
         words = ["python", *words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]]
     if words[1] == "-m":
         module = importlib.import_module(words[2])
-        presets = {name: getattr(module, name.upper()) for name in ("tiny", "small") if hasattr(module, name.upper())}
-        common.parse_args(module.Args, presets, "", words[3:])
+        if hasattr(module, "TINY"):
+            common.parse_args(module.Args, {"tiny": module.TINY, "small": module.SMALL}, "", words[3:])
+        else:
+            tyro.cli(module.Args, args=words[3:])
         return
     name = Path(words[1]).stem
     if name not in SCRIPTS:
