@@ -151,7 +151,7 @@ class Hand(Limb):
     of its own."""
 
     tips = 5
-    open_joints, closed_joints = np.array([0.45, -0.25]), np.array([-0.2, -0.6])  # rad: proximal, distal
+    open_joints, closed_joints = np.array([0.6, -0.75]), np.array([-0.1, -0.5])  # rad: proximal, distal
 
     def __init__(self, world: World, side: str, rng: np.random.Generator):
         first = 0 if side == "left" else 16
@@ -175,7 +175,8 @@ class Hand(Limb):
 
     def opening(self) -> float:
         angles = self.data.qpos[self.fingers].reshape(5, 2)[:, 0]
-        return float(np.clip((angles - self.closed_joints[0]) / np.ptp((self.open_joints[0], -0.2)), 0, 1).mean())
+        opened, closed = self.open_joints[0], self.closed_joints[0]
+        return float(np.clip((angles - closed) / (opened - closed), 0, 1).mean())
 
     def holds(self, thing: str) -> bool:
         touched = [self.world.touching(thing, f"{self.side}_{f}_finger") for f in FINGERS]
@@ -304,7 +305,7 @@ def build_hands(rng):
             sign = -out if finger == "thumb" else out
             x = 0.012 if finger == "thumb" else 0.036 - 0.023 * (i - 1)
             length = (0.9, 1.0, 1.06, 1.0, 0.85)[i]
-            near = palm.add_body(name=f"{side}_{finger}", pos=(x, sign * 0.03, 0.082), gravcomp=1)
+            near = palm.add_body(name=f"{side}_{finger}", pos=(x, sign * 0.03, 0.075), gravcomp=1)
             axis = (sign, 0, 0)  # positive: outwards
             _joint(spec, near, f"{side}_{finger}_near", axis, (-1.2, 0.9), 5, 0.15, armature=0.0005)
             bone(near, (0, 0, -0.045), 0.0095)
@@ -667,7 +668,7 @@ class Family:
         grip = np.array([*at[:2], at[2] + max(0.014 - thing.half, thing.half - 0.026, 0.0)])
         yield from self.go(s, grip + (0.09 + thing.half) * Z, facing, OPEN, f"move above {what}", tolerance=0.012)
         yield from self.go(s, grip, facing, OPEN, f"lower onto {what}", 0.2, 0.004, False)
-        yield from hold(s.actor, CLOSED, f"grip {what}", 4)
+        yield from hold(s.actor, CLOSED, f"grip {what}", 6 if s.actor.tips else 4)  # a hand closes slowly
         yield from self.go(s, grip + lift * Z, facing, CLOSED, f"lift {what}", 0.2, 0.012, False)
 
     def carry(self, s, thing: Thing, goal, phase: str, speed=0.28, tolerance=0.006, free=True):
@@ -1164,7 +1165,7 @@ class Turn(Family):
 
     def build(self, s):
         self.thing = s.thing(("brick", "bar", "egg"), turn=0.7)
-        self.angle = self.rng.choice([-1, 1]) * self.rng.uniform(0.5, 1.0)
+        self.angle = self.rng.choice([-1, 1]) * self.rng.uniform(0.6, 1.1)
         self.focus = self.thing.at
         self.say(x=self.thing.words, y="counterclockwise" if self.angle > 0 else "clockwise")
 
