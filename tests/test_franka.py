@@ -237,7 +237,7 @@ def test_a_brush_that_touches_no_sauce_is_no_success(robots):
     robot = robots["dip_brush"]
     robot.reset(0)
     grasp = robot.where("brush")[0] + robot.where("brush")[1].apply([robot.task.grip, 0, 0.003])
-    facing = franka._quat(robot.where("brush")[1].as_euler("xyz")[2])
+    facing = franka.pointing_down(robot.where("brush")[1].as_euler("xyz")[2])
 
     def script():
         yield from reach(robot, grasp + (0, 0, 0.1), facing, OPEN, "")
