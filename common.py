@@ -820,7 +820,10 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")
         spread = ("batch", "accumulate", "world")  # whose product is the global batch
         free = {"resume", "out", "workers", "log_every", "save_every", "preload", "max_bad", "replicas", *spread}
-        then = {"world": 1} | read_json(run / "args.json")
+        then = read_json(run / "args.json")
+        if not isinstance(then, dict):
+            raise InputError(f"{run / 'args.json'} is damaged (no object): restore it, or choose another --out")
+        then = {"world": 1} | then
         before, after = (math.prod(a.get(k, 1) for k in spread) for a in (then, now))
         if before != after:
             each, rest = divmod(before, process.world)
@@ -911,24 +914,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON object in a file of a run. Raises InputError for one that is absent or damaged."""
+    """A JSON file of a run. Raises InputError for one that is absent or damaged."""
     try:
-        return _json_object(path)
+        return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
-
-
-def _json_object(path: Path, *keys: str) -> dict[str, Any]:
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict) or not set(keys) <= set(value):
-        raise ValueError(f"not an object with {', '.join(keys)}" if keys else "not an object")
-    return value
 
 
 def load_meta(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's metadata. Raises InputError for a damaged file."""
     try:
-        return _json_object(checkpoint / "meta.json", "stage", "step", "commit", "time")
+        meta = json.loads((checkpoint / "meta.json").read_text())
+        if not isinstance(meta, dict) or not {"stage", "step", "commit", "time"} <= set(meta):
+            raise ValueError("no stage, step, commit and time in meta.json")
+        return meta
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint} is damaged ({error}): delete it, and the one before it is used") from None
 

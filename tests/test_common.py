@@ -589,7 +589,7 @@ def test_damaged_metadata_are_named(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="is damaged .*delete it, and the one before it is used"):
         common.load_meta(tmp_path)
-    if text not in ("{}", '{"stage": "lam"}'):
+    if text in ("{", "\xff"):
         with pytest.raises(InputError, match="is damaged .*choose another --out"):
             common.read_json(tmp_path / "meta.json")
 
