@@ -174,8 +174,9 @@ def pi05_expert(tensors: dict[str, Tensor], time: float = 1.0) -> dict[str, Tens
     tensors: those of `common.pi05_rest`. All are used but the language head, action_in_proj and action_out_proj."""
     get = lambda name: tensors[name].float()
     linear = lambda name, x: F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
-    width = len(tensors["time_mlp_in.bias"])
-    angle = 2 * math.pi * time / (4e-3 * 1000 ** torch.linspace(0, 1, width // 2, dtype=torch.float64))  # 4 ms to 4 s
+    bias = tensors["time_mlp_in.bias"]
+    periods = 4e-3 * 1000 ** torch.linspace(0, 1, len(bias) // 2, dtype=torch.float64, device=bias.device)  # 4 ms to 4 s
+    angle = 2 * math.pi * time / periods
     embedded = torch.cat([angle.sin(), angle.cos()]).float()
     when = F.silu(linear("time_mlp_out", F.silu(linear("time_mlp_in", embedded))))
     expert = f"{common.PI05_PART}gemma_expert.model."
