@@ -175,8 +175,8 @@ def pi05_expert(tensors: dict[str, Tensor], time: float = 1.0) -> dict[str, Tens
     get = lambda name: tensors[name].float()
     linear = lambda name, x: F.linear(x, get(f"{name}.weight"), get(f"{name}.bias"))
     bias = tensors["time_mlp_in.bias"]
-    periods = 4e-3 * 1000 ** torch.linspace(0, 1, len(bias) // 2, dtype=torch.float64, device=bias.device)  # 4 ms to 4 s
-    angle = 2 * math.pi * time / periods
+    steps = torch.linspace(0, 1, len(bias) // 2, dtype=torch.float64, device=bias.device)
+    angle = 2 * math.pi * time / (4e-3 * 1000**steps)  # periods of 4 ms to 4 s
     embedded = torch.cat([angle.sin(), angle.cos()]).float()
     when = F.silu(linear("time_mlp_out", F.silu(linear("time_mlp_in", embedded))))
     expert = f"{common.PI05_PART}gemma_expert.model."
