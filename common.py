@@ -925,8 +925,8 @@ def load_meta(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's metadata. Raises InputError for a damaged file."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
-        if not isinstance(meta, dict) or not {"stage", "step", "commit", "time"} <= set(meta):
-            raise ValueError("no stage, step, commit and time in meta.json")
+        if not isinstance(meta, dict) or not {"stage", "step"} <= set(meta):
+            raise ValueError("no stage and step in meta.json")
         return meta
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint} is damaged ({error}): delete it, and the one before it is used") from None

@@ -398,14 +398,20 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
                    args.val_every, preload=args.preload)  # fmt: skip
 
 
+def check_instructions(windows: Windows) -> None:
+    """Raises InputError for an instruction that is empty."""
+    for reader in windows.readers:
+        if empty := [i for i, task in reader.tasks.items() if not task.strip()]:
+            raise InputError(f"{reader.source}: instruction {empty[0]} of its {len(reader.tasks)} is empty, and a "
+                             f"student acts by instruction: write one into its meta/tasks")  # fmt: skip
+
+
 def check_texts(student: Student, windows: Windows) -> None:
     """Raises InputError for an instruction that is empty, and for texts that are too long together: rather said now
     than in a week."""
-    for reader in windows.readers:
-        if empty := [i for i, task in enumerate(reader.tasks) if not task.strip()]:
-            raise InputError(f"{reader.source}: instruction {empty[0]} of its {len(reader.tasks)} is empty, and the "
-                             f"student foresees by instruction: write one into its meta/tasks")  # fmt: skip
-    longest = max((text for r in windows.readers for text in (*r.tasks, *r.subtasks)), key=len, default="")
+    check_instructions(windows)
+    texts = (text for r in windows.readers for text in (*r.tasks.values(), *r.subtasks.values()))
+    longest = max(texts, key=len, default="")
     size = student.image_size
     blank = torch.zeros(1, 1, 3, size, size, dtype=torch.uint8, device=student.queries.device)
     with torch.no_grad():

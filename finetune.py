@@ -537,6 +537,7 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
+    distill.check_instructions(windows)
     model.student.prompts([windows.longest_instruction()], len(args.cameras))  # too long: rather said now than later
     start, tally = 0, {"bad": 0, "skipped": 0}
     if kept:

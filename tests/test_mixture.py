@@ -191,7 +191,7 @@ def test_bad_input(some, small, tmp_path, monkeypatch):
 
 def test_a_run_does_not_resume_on_another_mixture(some, tmp_path):
     then = windows_of(some)
-    (tmp_path / "meta.json").write_text(json.dumps({"statistics": then.statistics()}))
+    (tmp_path / "meta.json").write_text(json.dumps({"stage": "lam", "step": 1, "statistics": then.statistics()}))
     check_resume(tmp_path, windows_of(some))
     (some / "kuka").unlink()
     with pytest.raises(InputError, match="kuka.*or no longer are"):

@@ -237,7 +237,9 @@ def test_importing_does_nothing(tmp_path):
 
 DATA = {"common", "data.lerobot", "data.windows"}
 ALLOWED = {
-    "common": set(), "data.lerobot": {"common"}, "data.windows": {"common", "data.lerobot"},
+    "common": set(), "data.schema": {"common"}, "data.quantiles": {"common"},
+    "data.lerobot": {"common", "data.schema", "data.quantiles"},
+    "data.windows": {"common", "data.quantiles", "data.lerobot"},
     "lam": DATA | {"data.mixture"}, "distill": DATA | {"data.mixture", "lam"}, "finetune": DATA | {"lam", "distill"},
     "evaluate": DATA | {"lam", "distill", "finetune", "franka"}, "franka": {"common", "data.lerobot"},
 }  # fmt: skip
@@ -263,8 +265,8 @@ def imported(path: Path, anywhere: bool = True) -> set[str]:
 
 
 def test_imports_go_one_way():
-    """common <- data.lerobot <- data.windows <- lam <- distill <- finetune <- evaluate; franka needs the first two, and
-    a policy only where it runs one; what else is in data needs no stage."""
+    """common <- data.schema, data.quantiles <- data.lerobot <- data.windows <- lam <- distill <- finetune <- evaluate;
+    franka needs common and data.lerobot, and a policy only where it runs one; what else is in data needs no stage."""
     for name, path in modules().items():
         assert name in ALLOWED or name.startswith("data."), f"an unexpected script {path.name}"
         allowed = ALLOWED.get(name, {"common", "franka", *(m for m in modules() if m.startswith("data."))})
