@@ -547,10 +547,15 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
     return sum(len(tokenizer(t + tokenizer.eos_token, add_special_tokens=False).input_ids) for t in texts)
 
 
-def main() -> None:
-    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+def check(args: Args) -> None:
+    """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, lambda_r=0)
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    check(args)
     process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)

@@ -519,10 +519,7 @@ def shard(model: VLA, process: Process) -> None:
 
 
 def train(args: Args, process: Process) -> None:
-    if not 1 <= args.execute <= args.chunk:
-        raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
-    if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:
-        raise InputError(f"--cameras {list(args.cameras)}: give one to three different views")
+    check(args)
     run, kept = common.open_run(args.out, args, process, args.resume)
     model = build(args, kept).to(process.device).train()
     size = model.student.image_size
@@ -602,10 +599,18 @@ def train(args: Args, process: Process) -> None:
     del model, optimizer, update, trained  # before the process group goes (see common.teardown)
 
 
-def main() -> None:
-    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+def check(args: Args) -> None:
+    """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
+    if not 1 <= args.execute <= args.chunk:
+        raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
+    if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:
+        raise InputError(f"--cameras {list(args.cameras)}: give one to three different views")
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)

@@ -194,6 +194,7 @@ def bench(size: str, variant: str, args: Args, process: common.Process) -> dict:
 def main() -> None:
     args = common.parse_args(Args, {}, __doc__)
     common.at_least(args, steps=1, batch=0)
+    plan.claim(args.json)
     process = measure.here(args.dtype)
     if "full" in args.sizes and process.device.type == "cpu":
         raise InputError("the full size needs a GPU: leave it out of --sizes (its cost: python -m benchmarks.plan lam)")

@@ -27,7 +27,6 @@ loader, validation, time lost to communication (it is part of the MFU that you a
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import sys
@@ -544,6 +543,7 @@ def make_plan(stage: Stage, args: Args) -> dict[str, Any]:
         "flops_step": step_flops, "hardware_flops_step": (chosen.flops + extra_flops) * micro,
         "seconds_step": seconds, "steps": stage.args.steps, "hours": seconds * stage.args.steps / 3600,
         "total": sum(states.values()) + peak + RESERVE, "fits": peak <= limit,
+        "fits_checkpointing": max(recompute.peak, extra_peak) <= limit,
         # Activations grow in proportion to the batch.
         "largest_batch": max(0, int(limit / peak * stage.args.batch)),
     }  # fmt: skip
@@ -589,7 +589,7 @@ def show(plan: dict[str, Any], args: Args) -> None:
 
 def advice(plan: dict[str, Any]) -> str:
     """What would have to change, with the same global batch."""
-    if not plan["checkpointing"]:
+    if not plan["checkpointing"] and plan["fits_checkpointing"]:
         return "add --checkpointing"
     whole = plan["batch"] * plan["accumulate"]
     fitting = [b for b in range(1, plan["batch"]) if whole % b == 0 and b <= plan["largest_batch"]]
@@ -635,13 +635,21 @@ def check(stage: Stage) -> dict[str, float]:
     return values
 
 
+def claim(path: str) -> None:
+    """Makes the folder of a file that is going to be written, so that a wrong name is noticed before the work."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         raise InputError(f"which stage? python -m benchmarks.plan {'|'.join(STAGES)} [flags of the plan and the stage]")
     args, rest = tyro.cli(Args, args=sys.argv[2:], description=__doc__, return_unknown_args=True)
     module, plan_stage = STAGES[sys.argv[1]]
     stage_args = common.parse_args(module.Args, {"tiny": module.TINY, "small": module.SMALL}, module.__doc__, rest)
-    common.check_training(stage_args)
+    module.check(stage_args)
+    common.at_least(args, gpus=1, replicas=1, gpu_memory=0, gpu_tflops=1e-3, mfu=1e-3)
+    claim(args.json)
     stage = plan_stage(stage_args)
     if args.check:
         check(stage)
@@ -649,7 +657,7 @@ def main() -> None:
     plan = make_plan(stage, args)
     show(plan, args)
     if args.json:
-        Path(args.json).write_text(json.dumps(plan, indent=1))
+        common.write_json(Path(args.json), plan)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def bench(size: str, args: Args, process: common.Process) -> Iterator[dict]:
 def main() -> None:
     args = common.parse_args(Args, {}, __doc__)
     common.at_least(args, views=1, batches=1, repeats=1, denoise=1, seed=0)
+    plan.claim(args.json)
     process = measure.here(args.dtype)
     gpu = process.device.type == "cuda"
     if max(args.views) > len(VIEWS):
