@@ -300,7 +300,7 @@ def sheet(path: Path, seed: int, size: int = 96, frames: int = 6) -> None:
         for i, t in enumerate(shown):
             page.paste(Image.fromarray(episode["frames"]["primary"][t]), (left + gap + i * (size + gap), top + label))
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.quantize(128).save(path)
+    page.save(path, optimize=True)  # in true colours: a palette would bend those that texts name
     print(f"wrote {path}")
 
 

@@ -139,7 +139,9 @@ class Scene(World):
         raise Crowded
 
     def thing(self, kinds: Sequence[str], low=LOW, high=HIGH, turn=0.9, near=None) -> Thing:
-        """Adds one free thing at random, or `near` a place (2,)."""
+        """Adds one free thing at random, or `near` a place (2,). For hands never a cross: of six that they should have
+        put down somewhere, none came loose from their fingers as it should."""
+        kinds = [k for k in kinds if k != "cross" or self.body != "hands"]
         kind, words, rgba = self.paint(kinds)
         parts, half, radius, period = shape(kind, self.rng)
         at = self.spot(radius, low, high) if near is None else near
