@@ -354,6 +354,16 @@ def distill_loss(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def foresee(student: Student, teacher: LAM, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Zhat and Z of a batch, `hat` and `z` (B, N, D), and of each window's subtask text the `nats` that it costs and
+    its number of tokens with the end of the sentence, `words`, (B,). Call it under autocast, as in training."""
+    z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
+    hat, logits, words = student(batch["first"], batch["instruction"], phases(batch))
+    nats = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="none")
+    nats, words = nats.view_as(words).sum(1), (words >= 0).sum(1).float()
+    return {"hat": hat.float(), "z": z.float(), "nats": nats, "words": words}
+
+
 @torch.no_grad()
 def validate(student: Student, teacher: LAM, windows: Windows, args: Args, process: Process) -> dict[str, float]:
     """Held-out losses, the squared error beside that of always foreseeing the mean Z; the cosine between Zhat and Z,
@@ -363,23 +373,20 @@ def validate(student: Student, teacher: LAM, windows: Windows, args: Args, proce
     hats, zs, text = [], [], torch.zeros(2, device=process.device)
     for batch in held_out_batches(windows, args.val_samples, args.batch, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-            z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
-            hat, logits, words = student(batch["first"], batch["instruction"], phases(batch))
-        words = words.masked_fill(~batch["counted"][:, None], -100)
-        nll = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum")
-        text += torch.stack([nll, (words >= 0).sum()])
-        hats.append(hat.float())
-        zs.append(z.float())
+            told = foresee(student, teacher, batch)
+        text += (torch.stack([told["nats"], told["words"]]) * batch["counted"]).sum(1)
+        hats.append(told["hat"])
+        zs.append(told["z"])
     student.train()
     hat, z = (process.cat(torch.cat(values))[: args.val_samples] for values in (hats, zs))
-    nll, n_words = process.sum(text).tolist()
+    nats, n_words = process.sum(text).tolist()
     _, parts = alignment_loss(hat, z)
     return {
         "val_mse": parts["mse"].item(), "val_kl": parts["kl"].item(),
         "val_mse_mean": F.mse_loss(z.mean(0, keepdim=True).expand_as(z), z).item(),
         "val_cosine": F.cosine_similarity(hat, z, dim=-1).mean().item(),
         "val_cosine_shuffled": F.cosine_similarity(hat, z.roll(1, 0), dim=-1).mean().item(),
-        "val_perplexity": math.exp(min(20.0, nll / max(1, n_words))),
+        "val_perplexity": math.exp(min(20.0, nats / max(1, n_words))),
     }  # fmt: skip
 
 

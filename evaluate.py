@@ -6,6 +6,7 @@
 
     python evaluate.py --tiny                        everything, about a minute, on what the tiny stages left
     python evaluate.py lam --small                   one report
+    python evaluate.py lam --small --results results/lam_small.json            ... and all that it takes to repeat it
     python evaluate.py sim --policy runs/small/finetune --tasks pick_cup block_slot --trials 20
 
 Reads checkpoints of the other stages and held-out windows of the data sets they were trained on. Writes
@@ -26,13 +27,23 @@ Where we depart from the paper, or fill in what it does not say:
  5. Zeroed tokens are something the decoder never saw in training; shuffled ones, of a window of another episode, are
     ordinary and say the same more fairly. Both are reported.
  6. Trials are paired: trial i has the same placement for every policy. Success rates come with Wilson's 95 % interval.
+ 7. Other intervals are bootstraps: the held-out episodes are drawn again 1,000 times, with all of their windows. They
+    tell what other episodes would have changed; neither the model nor the probes are trained anew.
+ 8. The student's text is held against what can be said of a subtask from the instruction alone: how often each text
+    stands at the frames of training episodes of that instruction (see `text_only`). Its perplexity is that of the
+    student's log: nats of all texts over tokens of all texts. A student that sees where the robot is should be below.
+ 9. The `undistilled` student is the one that this run of distill.py began with: same weights, same random queries.
 """
 
 import math
+import os
+import platform
+import re
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -50,6 +61,7 @@ import distill
 import franka
 import lam
 from common import ACTION_NAMES, GRIPPERS, MOTION, InputError, Process
+from data.lerobot import DamagedEpisode
 from data.windows import Windows, collate, to_device
 
 
@@ -67,6 +79,9 @@ class Args:
     """Data sets to report on; none: those the checkpoint was trained on (their held-out episodes)."""
     out: str = "runs/paper/evaluate"
     """Folder of report.json and sim.json; report.png goes beside it."""
+    results: str = ""
+    """Also write the one report asked for to this JSON file, with what it takes to repeat it: command, commits,
+    hardware, the training's arguments and time. For results/. (our choice)"""
     samples: int = 256
     """Held-out windows of the LAM's and the student's report. (our choice)"""
     probe_samples: int = 1024
@@ -102,6 +117,7 @@ SMALL = Args(
 # --------------------------------------------------------------------------------------------------------------------
 
 Table = dict[str, dict[str, float]]  # row -> column -> number
+NO_PROBES = "{}: nothing was held out (--val-every 0): no probes, which would be scored on what they were fitted to"
 STRENGTHS = tuple(10.0**k for k in range(-4, 3))  # of a ridge regression; 1: as large as a mean feature vector
 
 
@@ -121,14 +137,17 @@ def frame_scores(a: Tensor, b: Tensor) -> dict[str, float]:
     return {"psnr": lam.psnr(a, b).mean().item(), "psnr_of_mse": pooled, "ssim": ssim(a, b).mean().item(), "mse": mse}
 
 
-def dimension_scores(predicted: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def dimension_scores(
+    predicted: Tensor, target: Tensor, mask: Tensor, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """R2 = 1 - error / variance, and squared error, of each dimension: (D,) each, over valid entries of (B, A, D). NaN
-    for one that does not move."""
-    mask = mask.double()
-    n = mask.sum((0, 1)).clamp(min=1)
-    mean = (target * mask).sum((0, 1)) / n
-    variance = ((target - mean).square() * mask).sum((0, 1)) / n
-    error = ((predicted - target).square() * mask).sum((0, 1)) / n
+    for one that does not move. counts (R, B), how often each window counts: then (R, D) each."""
+    counts = torch.ones(len(target), dtype=torch.float64) if counts is None else counts
+    target, mask = target.double(), mask.double()
+    total = lambda x: counts @ (x * mask).sum(1)
+    n = total(torch.ones_like(target)).clamp(min=1)
+    variance = total(target.square()) / n - (total(target) / n).square()
+    error = total((predicted - target).square()) / n
     error = error.where(variance > 0.01, torch.nan)  # normalised units: a tenth of the range
     return 1 - error / variance, error
 
@@ -137,6 +156,21 @@ def action_scores(predicted: Tensor, target: Tensor, mask: Tensor) -> dict[str, 
     """R2 and squared error over the dimensions that move, each weighing alike. (B, A, 44) each; without grippers."""
     scores = dimension_scores(predicted[..., MOTION], target[..., MOTION], mask[..., MOTION])
     return {k: v.nanmean().item() for k, v in zip(("r2", "mse"), scores, strict=True)}
+
+
+def resampled(episode: Tensor, seed: int, times: int = 1000) -> Tensor:
+    """Bootstrap over episodes, because windows of one are no independent evidence: how often each window (B,) counts in
+    each of so many draws of as many episodes, (1 + times, B). Row 0 is the windows as they are."""
+    episodes, number = episode.unique(return_inverse=True)
+    n = len(episodes)
+    drawn = torch.from_numpy(np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), times))
+    return torch.cat([torch.ones(1, len(episode)), drawn[:, number]]).double()
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """A measure of the windows as they are (row 0), and its 95 % interval from their other draws."""
+    low, high = np.nanquantile(values[1:].numpy(), (0.025, 0.975)).tolist()
+    return {"value": values[0].item(), "low": low, "high": high}
 
 
 def ridge(gram: Tensor, cross: Tensor, y: Tensor, mask: Tensor, strength: float) -> Tensor:
@@ -221,14 +255,29 @@ def targets(batch: dict[str, Any]) -> dict[str, Tensor]:
     return {"action": batch["action"].cpu(), "mask": batch["action_mask"].cpu(), "episode": batch["episode"].cpu()}
 
 
-def probes(seen: dict[str, Tensor], held_out: dict[str, Tensor], names: dict[str, str]) -> Table:
-    """Scores of the mean action, and of a probe on each of the features (row -> column of the windows). Empty where no
-    dimension moves."""
+def probes(seen: dict[str, Tensor], held_out: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:
+    """What the mean action, and a probe on each of the features (row -> column of the windows), say of the held-out
+    windows: (B, A, D) each. Nothing where no dimension moves."""
     action, mask = held_out["action"], held_out["mask"]
-    table = {"mean": action_scores(mean_action(seen).expand_as(action), action, mask)}
-    if not np.isfinite(table["mean"]["mse"]):
+    mean = mean_action(seen).expand_as(action)
+    if not np.isfinite(action_scores(mean, action, mask)["mse"]):
         return {}
-    return table | {row: action_scores(probe(seen, held_out, name), action, mask) for row, name in names.items()}
+    return {"mean": mean} | {row: probe(seen, held_out, name) for row, name in names.items()}
+
+
+def score(
+    predicted: dict[str, Tensor], held_out: dict[str, Tensor], counts: Tensor, pairs: Sequence[tuple[str, str]] = ()
+) -> tuple[Table, Table]:
+    """A table of the scores of what is predicted, each row with the 95 % interval of its R2; and one of how much R2 the
+    first of each of the `pairs` has above the second, a difference within the same draws of the windows."""
+    action, mask = held_out["action"], held_out["mask"]
+    r2 = {k: dimension_scores(p[..., MOTION], action[..., MOTION], mask[..., MOTION], counts)[0].nanmean(-1)
+          for k, p in predicted.items()}  # fmt: skip
+    table = {}
+    for row, p in predicted.items():
+        of = interval(r2[row])
+        table[row] = action_scores(p, action, mask) | {"r2_low": of["low"], "r2_high": of["high"]}
+    return table, {f"R2: {a} - {b}": interval(r2[a] - r2[b]) for a, b in pairs if {a, b} <= set(r2)}
 
 
 def origin(checkpoint: Path, meta: dict[str, Any]) -> dict[str, Any]:
@@ -271,6 +320,7 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     probes     linear maps to the actions: the mean, from pixels, from the raw encoder, from each set of tokens
     split      what becomes of frames and actions when Z is tampered with, and how many times worse that is
     transfer   Z of one clip, or its Z_mot alone, decoded from V_t of another: is it that clip's action in this scene?
+    gains      how far what counts is above its control, with the interval
 
     Parts that an ablated model or data without actions do not have are left out."""
     found = common.find_checkpoint(args.lam, "lam")
@@ -332,14 +382,18 @@ def report_lam(args: Args, process: Process) -> tuple[dict[str, Any], dict[str, 
     tokens = {"z_sce": "z_sce", "z_mot": "z_mot"} if trained.dla else {"z": "z_mot"}
     features = {"pixels": "pixels", "encoder": "encoder"} | tokens
     if not trained.val_every:
-        print("lam: nothing was held out (--val-every 0): no probes, which would be scored on what they were fitted to")
+        print(NO_PROBES.format("lam"))
         features = {}
-    out["probes"] = probes(seen, held_out, features)
-    if not out["probes"]:  # data without actions
+    predicted, counts = probes(seen, held_out, features), resampled(held_out["episode"], args.seed)
+    if not predicted:  # data without actions
         decoded = {}
     if decoded:
-        out["probes"]["decoder"] = action_scores(decoded["as_is"], action, mask)
+        predicted["decoder"] = decoded["as_is"]
         out["actions"] = action_table(decoded["as_is"], action, mask, mean_action(seen))
+    pairs = [("decoder", "pixels"), ("z_mot", "pixels"), ("z_mot", "z_sce")]
+    out["probes"], out["gains"] = score(predicted, held_out, counts, pairs)
+    gain = (lam.psnr(sampled["as_is"], last) - lam.psnr(first, last)).double()
+    out["gains"]["PSNR: sampled - copied"] = interval(counts[:, :n] @ gain / counts[:, :n].sum(1))
     out["split"] = {}
     for name in changes:
         scores = frame_scores(sampled[name], last)
@@ -383,38 +437,99 @@ def action_table(predicted: Tensor, target: Tensor, mask: Tensor, mean: Tensor) 
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def text_only(windows: Windows, instructions: list[str], texts: list[str]) -> Tensor:
+    """Nats (B,) that each subtask text costs whoever knows its instruction but sees no image, -log p(text |
+    instruction), by how often whole texts stand at the frames of the training episodes, `windows`:
+
+        p(text | instruction) = (n(instruction, text) + p(text)) / (n(instruction) + 1)
+        p(text) = (n(text) + 1) / (n + S)
+
+    where S is the number of texts that the data sets list, so that none is impossible. (our choice)"""
+    pairs: Counter = Counter()
+    for reader, chosen in zip(windows.readers, windows.chosen, strict=True):
+        for i in chosen.tolist():
+            try:
+                ep = reader.episode(i)
+            except DamagedEpisode:  # told where its windows are drawn
+                continue
+            subtask = ep["subtask"][:-1]  # no window starts at the last frame
+            for text in distill.phases({"subtask": subtask, "instruction": [ep["task"]] * len(subtask)}):
+                pairs[ep["task"], text] += 1
+    listed = {text for r in windows.readers for text in (*r.tasks.values(), *r.subtasks.values())}
+    given, written = Counter(), Counter()
+    for (instruction, text), n in pairs.items():
+        given[instruction] += n
+        written[text] += n
+    prior = lambda text: (written[text] + 1) / (written.total() + len(listed))
+    p = [(pairs[i, t] + prior(t)) / (given[i] + 1) for i, t in zip(instructions, texts, strict=True)]
+    return -torch.tensor(p, dtype=torch.float64).log()
+
+
 @torch.no_grad()
 def report_student(args: Args, process: Process) -> dict[str, Any]:
-    """Held-out cosine, losses and perplexity, a probe from Zhat to the next actions, and a few written sentences."""
+    """What the student foresees and writes of held-out windows, beside the teacher's Z and the true subtask.
+
+    mse, kl, cosine   between Zhat and Z; `_mean` of the mean Z, `_shuffled` with Z of windows of other episodes
+    perplexity        of the subtask's text, and `perplexity_text_only` without an image (see `text_only`)
+    probes            linear maps to the actions: the mean, from pixels, from Zhat of the `undistilled` student, as it
+                      was before its first step, and from Zhat
+    gains             how far what counts is above its control, with the interval
+    sentences         a few that the student writes"""
     found = common.find_checkpoint(args.student, "distill")
     student, trained, meta = distill.load_student(found)
+    torch.manual_seed(trained.seed)  # and then as distill.train: the weights with which this student began
     teacher, teacher_args, taught = lam.load_lam(args.lam)
     if meta["teacher"] != {k: taught[k] for k in meta["teacher"]}:
         raise InputError(f"the student at {args.student} learned from {meta['teacher']} of {trained.lam}; {args.lam} "
                          f"is now at step {taught['step']} of {taught['commit']}: distil again, or give its --lam")
-    student, teacher = student.to(process.device).eval(), teacher.to(process.device).eval()
+    before = distill.build(trained, student.tokens, student.head.out_features)
+    student, before, teacher = (model.to(process.device).eval() for model in (student, before, teacher))
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
-                      val_samples=args.samples)  # fmt: skip
-    windows = distill.make_windows(trained, teacher_args, student.image_size, "val")
-    out: dict[str, Any] = {"checkpoint": origin(found, meta), "teacher": meta["teacher"], "samples": args.samples}
-    out |= {k.removeprefix("val_"): v for k, v in distill.validate(student, teacher, windows, trained, process).items()}
-    student.eval()
-
+                      preload=False)  # fmt: skip
+    out: dict[str, Any] = {"checkpoint": origin(found, meta), "teacher": meta["teacher"], "data": list(trained.data),
+                           "samples": args.samples, "probe_samples": args.probe_samples,
+                           "held_out": bool(trained.val_every)}  # fmt: skip
+    amp = lambda: torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32)
     damaged: set[str] = set()
 
     def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
-        data = distill.make_windows(replace(trained, preload=False), teacher_args, student.image_size, split)
-        for batch in batches(data, samples, trained.batch, process, f"student, {split}", damaged):
+        windows = distill.make_windows(trained, teacher_args, student.image_size, split)
+        for batch in batches(windows, samples, trained.batch, process, f"student, {split}", damaged):
+            given = batch["first"], batch["instruction"]
             if split == "val" and "sentences" not in out:
-                wrote = student.describe(batch["first"][:4], batch["instruction"][:4])
+                wrote = student.describe(given[0][:4], given[1][:4])
                 out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
                                     zip(batch["instruction"], wrote, batch["subtask"], strict=False)]  # fmt: skip
-            hat = student(batch["first"], batch["instruction"])
-            yield {"zhat": hat.float().cpu(), "pixels": pixels(batch["first"])} | targets(batch)
+            with amp():
+                row = {"undistilled": before(*given), "pixels": pixels(batch["first"])}
+                row |= distill.foresee(student, teacher, batch) if split == "val" else {"hat": student(*given)}
+            row = {k: v.float().cpu() for k, v in row.items()} | targets(batch)
+            yield row | {"instruction": batch["instruction"], "text": distill.phases(batch)}
 
     held_out, seen = columns(encoded("val", args.samples)), columns(encoded("train", args.probe_samples))
     out["damaged"] = sorted(damaged)
-    out["probes"] = probes(seen, held_out, {"pixels": "pixels", "zhat": "zhat"})
+    hat, z, episode = held_out["hat"], held_out["z"], held_out["episode"]
+    counts = resampled(episode, args.seed)
+    out |= {k: v.item() for k, v in distill.alignment_loss(hat, z)[1].items()}
+    out["mse_mean"] = F.mse_loss(z.mean(0, keepdim=True).expand_as(z), z).item()
+    cosine = torch.einsum("ind,jnd->ij", F.normalize(hat, dim=-1), F.normalize(z, dim=-1)).double() / hat.shape[1]
+    other = (episode[:, None] != episode).double()
+    true, shuffled = cosine.diagonal(), (cosine * other).sum(1) / other.sum(1).clamp(min=1)
+    out |= {"cosine": true.mean().item(), "cosine_shuffled": shuffled.mean().item()}
+    guess = text_only(distill.make_windows(trained, teacher_args, 16, "train"), held_out["instruction"],
+                      held_out["text"])  # fmt: skip
+    perplexity = lambda nats: (counts @ nats.double() / (counts @ held_out["words"].double())).clamp(max=20).exp()
+    out |= {"perplexity": perplexity(held_out["nats"])[0].item(), "perplexity_text_only": perplexity(guess)[0].item()}
+    names = {"pixels": "pixels", "undistilled": "undistilled", "zhat": "hat"}
+    if not trained.val_every:
+        print(NO_PROBES.format("student"))
+        names = {}
+    pairs = [("zhat", "undistilled"), ("zhat", "pixels")]
+    out["probes"], out["gains"] = score(probes(seen, held_out, names), held_out, counts, pairs)
+    out["gains"] |= {
+        "cosine: true - shuffled": interval(counts @ (true - shuffled) / counts.sum(1)),
+        "perplexity: student - text only": interval(perplexity(held_out["nats"]) - perplexity(guess)),
+    }
     return out
 
 
@@ -504,7 +619,8 @@ def draw_actions(fig: Any, pictures: dict[str, Any], table: Table) -> None:
 
 def draw_bars(ax: Any, table: Table, labels: dict[str, str], title: str, least: float | None = None) -> None:
     """Horizontal bars, a group for each row and one of them for each of the columns `labels`, with their values. least:
-    where the axis begins at the left; None: a logarithmic axis of factors."""
+    where the axis begins at the left; None: a logarithmic axis of factors. A line spans the interval of a column that
+    has its `_low` and `_high`."""
     labels = {k: v for k, v in labels.items() if any(k in row for row in table.values())}
     height = 0.8 / max(len(labels), 1)
     for j, (column, label) in enumerate(labels.items()):
@@ -513,8 +629,11 @@ def draw_bars(ax: Any, table: Table, labels: dict[str, str], title: str, least: 
         start = 1 if least is None else 0
         shown = [v if least is None else max(v, least) for v in values]
         ax.barh(at, np.array(shown) - start, height, left=start, label=label)
-        for y, v, x in zip(at, values, shown, strict=True):
-            ax.annotate(f"{v:.2f}", (max(x, start), y), (2, 0), textcoords="offset points", va="center", fontsize=7)
+        for y, v, x, row in zip(at, values, shown, table.values(), strict=True):
+            ends = [min(max(row[k], least), 1) for k in (f"{column}_low", f"{column}_high") if k in row]
+            ax.plot(ends, [y] * len(ends), color="black", linewidth=0.8)
+            right = max(x, start, *ends)
+            ax.annotate(f"{v:.2f}", (right, y), (2, 0), textcoords="offset points", va="center", fontsize=7)
     if least is None:
         ax.set_xscale("log")
         ticks = [v for v in (0.5, 1, 2, 5, 10, 20, 50, 100, 1000) if ax.get_xlim()[0] <= v <= ax.get_xlim()[1]]
@@ -559,6 +678,21 @@ def draw_curves(fig: Any, runs: dict[str, str]) -> None:
             ax.legend(fontsize=7)
 
 
+def draw_student(fig: Any, part: dict[str, Any]) -> None:
+    """The student's probes and cosines as bars; how far it is above its controls, and what it writes, in words."""
+    fig.suptitle(f"{part['checkpoint']['path']}, held-out windows", fontsize=11)
+    probes, cosines, words = fig.subplots(1, 3, width_ratios=[1, 0.7, 1.6])
+    draw_bars(probes, part["probes"], {"r2": "R2"}, "R2 of linear probes to the actions", -0.2)
+    rows = {"its own Z": {"cosine": part["cosine"]}, "other episodes' Z": {"cosine": part["cosine_shuffled"]}}
+    draw_bars(cosines, rows, {"cosine": "cosine"}, "cosine of Zhat and", -0.2)
+    lines = [f"perplexity of the subtask's text {part['perplexity']:.3f}, of one who knows the instruction alone "
+             f"{part['perplexity_text_only']:.3f}", "", "differences, with 95 % intervals over episodes:"]  # fmt: skip
+    lines += [f"{name}: {g['value']:+.3f} ({g['low']:+.3f} to {g['high']:+.3f})" for name, g in part["gains"].items()]
+    lines += ["", *(f"{s['instruction']}: writes {s['wrote']!r}, true {s['true']!r}" for s in part["sentences"])]
+    words.text(0, 1, "\n".join(textwrap.shorten(x, 100) for x in lines), va="top", fontsize=7.5)
+    words.axis("off")
+
+
 def draw_film(fig: Any, film: list[np.ndarray], report: dict[str, Any]) -> None:
     """Six frames of a rollout."""
     shown = [film[i] for i in np.linspace(0, len(film) - 1, min(6, len(film))).round().astype(int)]
@@ -578,13 +712,14 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
 
     n = report["lam"] if pictures else {}
     rows = 6 + len({"zeroed", "z_mot_zeroed", "z_sce_zeroed"} & set(pictures["sampled"])) if pictures else 0
-    heights = [1.25 * rows + 0.7, 2.8 * ("actions" in n), 3.4 * bool(n), 3.0, 2.6 * bool(film)]
+    student = report.get("student") if "distill" in runs else None
+    heights = [1.25 * rows + 0.7, 2.8 * ("actions" in n), 3.4 * bool(n), 2.6 * bool(student), 3.0, 2.6 * bool(film)]
     if not pictures:
         heights[0] = 0
     fig = plt.figure(figsize=(14, sum(heights)), layout="constrained")
     present = [h for h in heights if h]
     parts = iter(fig.subfigures(len(present), 1, height_ratios=present, squeeze=False)[:, 0])
-    frames, actions, bars, curves, rollout = (next(parts) if h else None for h in heights)
+    frames, actions, bars, told, curves, rollout = (next(parts) if h else None for h in heights)
     if frames:
         words = {"copied": "V_t copied", "sampled": "V_{t+k} sampled", "codec": "V_{t+k} through the codec"}
         scores = [f"{words[k]}: {v['psnr']:.1f} dB, SSIM {v['ssim']:.3f}" for k, v in n["frames"].items()]
@@ -598,6 +733,8 @@ def draw(path: Path, pictures: dict[str, Any] | None, runs: dict[str, str], film
         draw_bars(axes[2], n["transfer"], whose, "Z in another clip's scene: R2 to actions", -1)
     if actions:
         draw_actions(actions, pictures, n["actions"])
+    if told:
+        draw_student(told, student)
     draw_curves(curves, runs)
     if rollout:
         draw_film(rollout, film, report["sim"])
@@ -636,12 +773,35 @@ def show(title: str, part: dict[str, Any]) -> None:
             print(f"    {row:14}" + "".join(f"{values[k]:18.4f}" if k in values else " " * 18 for k in keys))
 
 
+def hardware() -> str:
+    """This machine: its GPU, or how many cores of which CPU this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {(names or [platform.machine()])[0]}"
+
+
+def training(stage: str, run: str) -> dict[str, Any]:
+    """By which commit, for how long and with which arguments a checkpoint was trained. The seconds are of its steps
+    alone, by the mean of the logged ones."""
+    found = common.find_checkpoint(run, stage)
+    meta = common.load_meta(found)
+    logged = [m["seconds"] for m in common.read_metrics(found.parent.parent) if "seconds" in m]
+    seconds = round(meta["step"] * float(np.mean(logged))) if logged else None
+    return {"trained_at_commit": meta["commit"], "training_seconds": seconds, "training_args": meta["args"]}
+
+
 def evaluate(args: Args, process: Process) -> dict[str, Any]:
     """Runs the reports asked for, merges them into report.json and draws report.png."""
     common.at_least(args, samples=8, probe_samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16,
                     seed=0)  # fmt: skip
     if not args.tasks:
         raise InputError(f"--tasks is empty: choose from {list(franka.TASKS)}")
+    results = Path(args.results)
+    if args.results and (args.what == "all" or results.suffix != ".json"):
+        raise InputError(f"--results {args.results} is for one report, lam, student or sim, and ends in .json")
+    results.parent.mkdir(parents=True, exist_ok=True)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.json"
@@ -660,9 +820,15 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
         file_part(report, name, part)
         show(name, part)
     common.write_json(path, report)
+    stages = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
+    if args.results:
+        facts = {"commands": [f"python {' '.join(sys.argv)}"], "seed": args.seed, "hardware": hardware()}
+        facts |= {"evaluated_at_commit": part["commit"]}
+        if stages[args.what][1] != "expert":
+            facts |= training(*stages[args.what])
+        common.write_json(results, facts | {args.what: part})
     picture = out.parent / ("report.png" if args.what == "all" else f"report_{args.what}.png")
-    runs = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
-    draw(picture, pictures, dict(run for k, run in runs.items() if args.what in ("all", k)), film, report)
+    draw(picture, pictures, dict(run for k, run in stages.items() if args.what in ("all", k)), film, report)
     print(f"wrote {path} and {picture}")
     return report
 

@@ -12,6 +12,7 @@ from helpers_lam import forked
 from torch import nn
 
 import common
+import distill
 import evaluate
 import lam
 from data.windows import collate
@@ -79,14 +80,19 @@ def windows(n: int, features: torch.Tensor, action: torch.Tensor, episodes: int,
     return {"x": features, "action": target, "mask": mask, "episode": first + torch.arange(n) % episodes}
 
 
+def probed(seen: dict, held_out: dict) -> dict:
+    predicted = evaluate.probes(seen, held_out, {"x": "x"})
+    return evaluate.score(predicted, held_out, evaluate.resampled(held_out["episode"], 0, 10))[0]["x"]
+
+
 def test_probe_finds_what_is_there_and_nothing_else():
     features, weights = random(500, 30), random(30, 6, seed=1)
     linear = features @ weights
     seen, held_out = (windows(len(i), features[i], linear[i], 20) for i in torch.arange(500).split(400))
-    assert evaluate.probes(seen, held_out, {"x": "x"})["x"]["r2"] > 0.999
+    assert probed(seen, held_out)["r2"] > 0.999
     # Nothing to be found, and enough features to fit any noise: a strength chosen on what was fitted would do so.
     noise = [d | {"x": random(len(d["x"]), 300, seed=2 + i)} for i, d in enumerate((seen, held_out))]
-    assert abs(evaluate.probes(*noise, {"x": "x"})["x"]["r2"]) < 0.1
+    assert abs(probed(*noise)["r2"]) < 0.1
     # What the held-out actions are must not matter to what is predicted of them.
     other = held_out | {"action": held_out["action"] * -3}
     torch.testing.assert_close(evaluate.probe(seen, held_out, "x"), evaluate.probe(seen, other, "x"))
@@ -101,11 +107,73 @@ def test_probe_that_knows_the_episode_alone_scores_nothing(monkeypatch):
     first, last = episode < 40, episode >= 40
     seen = windows(400, features[first], action[first], 40)
     apart = windows(200, features[last], action[last], 20, first=40)
-    assert -0.3 < evaluate.probes(seen, apart, {"x": "x"})["x"]["r2"] < 0.1
+    assert -0.3 < probed(seen, apart)["r2"] < 0.1
     same = windows(200, features[first][:200], action[first][:200], 40)
     monkeypatch.setattr(evaluate, "STRENGTHS", (1e-4,))
-    assert evaluate.probes(seen, same, {"x": "x"})["x"]["r2"] > 0.8
-    assert evaluate.probes(seen, apart, {"x": "x"})["x"]["r2"] < -0.3
+    assert probed(seen, same)["r2"] > 0.8
+    assert probed(seen, apart)["r2"] < -0.3
+
+
+def test_intervals_count_episodes_not_windows():
+    """A mean over 40 windows of 10 episodes that agree within each: as uncertain as a mean of 10 numbers, which the
+    textbook's interval knows, and of a difference only what differs."""
+    values = random(10).repeat_interleave(4).double()
+    counts = evaluate.resampled(torch.arange(10).repeat_interleave(4) + 7, seed=0, times=4000)
+    assert (counts[0] == 1).all() and (counts.sum(1) == 40).all()
+    assert (counts.view(-1, 10, 4) == counts[:, ::4, None]).all()  # an episode's windows come together
+    assert counts[1:].std(0).min() > 0.9  # each episode is drawn 0, 1, 2, ... times
+    mean = lambda x: counts @ x / counts.sum(1)
+    got = evaluate.interval(mean(values))
+    half = 1.96 * values.std(correction=0).item() / 10**0.5
+    assert got["value"] == pytest.approx(values.mean().item())
+    assert got["high"] - got["low"] == pytest.approx(2 * half, rel=0.1)
+    constant = evaluate.interval(mean(values + 0.5) - mean(values))
+    assert constant == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5})
+
+
+def test_scores_of_resampled_windows_are_scores_of_those_windows():
+    """A draw's R2 is that of the windows it consists of, some of them twice; a pair's difference is within draws."""
+    seen = windows(60, random(60, 5), random(60, 6, seed=1), 6)
+    action, mask = seen["action"], seen["mask"].clone()
+    mask[::7, 2] = False
+    predicted = {"a": action + 0.3 * random(60, 3, 44, seed=2), "b": action + 0.6 * random(60, 3, 44, seed=3)}
+    counts = evaluate.resampled(seen["episode"], seed=1, times=20)
+    held_out = seen | {"mask": mask}
+    table, gains = evaluate.score(predicted, held_out, counts, [("a", "b"), ("a", "absent")])
+    draws = []
+    for row in counts:
+        which = torch.arange(60).repeat_interleave(row.long())
+        r2 = [evaluate.action_scores(p[which], action[which], mask[which])["r2"] for p in predicted.values()]
+        draws.append([r2[0], r2[0] - r2[1]])
+    draws = np.array(draws)
+    assert table["a"]["r2"] == pytest.approx(draws[0, 0])
+    assert [table["a"]["r2_low"], table["a"]["r2_high"]] == pytest.approx(np.quantile(draws[1:, 0], (0.025, 0.975)))
+    assert list(gains) == ["R2: a - b"] and gains["R2: a - b"]["value"] == pytest.approx(draws[0, 1])
+    assert gains["R2: a - b"]["low"] == pytest.approx(np.quantile(draws[1:, 1], 0.025))
+
+
+class Text:
+    """Data sets of which there is nothing but text: episodes of (instruction, phases)."""
+
+    def __init__(self, *episodes: tuple[str, list[str]], listed: tuple[str, ...] = ()):
+        self.episodes, self.tasks = episodes, {}
+        self.subtasks = dict(enumerate({*listed, *(text for _, phases in episodes for text in phases)}))
+        self.readers, self.chosen = [self], [np.arange(len(episodes))]
+
+    def episode(self, i: int) -> dict:
+        return {"task": self.episodes[i][0], "subtask": self.episodes[i][1]}
+
+
+def test_text_only_by_hand():
+    """Frequencies given the instruction, the last frame left out, and what was never seen is not impossible."""
+    data = Text(("push", ["a", "a", "b", "c"]), ("push", ["a", "c"]), ("lift", ["b", "b"]), listed=("d",))
+    asked = [("push", "a"), ("push", "b"), ("lift", "b"), ("lift", "d"), ("pull", "b")]
+    a, b, d = 4 / 9, 3 / 9, 1 / 9  # of 5 frames a has 3 and b 2; and one more for each of the four texts
+    expected = [(3 + a) / 5, (1 + b) / 5, (1 + b) / 2, d / 2, b]
+    got = evaluate.text_only(data, *map(list, zip(*asked, strict=True)))
+    assert got.exp().reciprocal().tolist() == pytest.approx(expected)
+    every = evaluate.text_only(data, ["push"] * 4, ["a", "b", "c", "d"])
+    assert every.neg().exp().sum().item() == pytest.approx(1)  # they are the probabilities of all that can be said
 
 
 def test_partners_are_of_another_episode():
@@ -145,7 +213,14 @@ def test_a_whole_report(report):
     tampered = {"zeroed", "shuffled", "z_mot_zeroed", "z_sce_zeroed", "z_mot_shuffled", "z_sce_shuffled"}
     assert set(n["split"]) == {"as_is"} | tampered and set(n["transfer"]) == {"z", "z_mot"}
     assert {"mean", "right_x", "right_y", "right_gripper"} == set(n["actions"]) and n["held_out"] is True
-    assert set(parts["student"]["probes"]) == {"mean", "pixels", "zhat"} and len(parts["student"]["sentences"]) == 4
+    assert set(n["gains"]) == {"R2: decoder - pixels", "R2: z_mot - pixels", "R2: z_mot - z_sce",
+                               "PSNR: sampled - copied"}  # fmt: skip
+    n = parts["student"]
+    assert set(n["probes"]) == {"mean", "pixels", "undistilled", "zhat"} and len(n["sentences"]) == 4
+    assert set(n["gains"]) == {"R2: zhat - undistilled", "R2: zhat - pixels", "cosine: true - shuffled",
+                               "perplexity: student - text only"}  # fmt: skip
+    for part in ("lam", "student"):
+        assert all(gain["low"] <= gain["high"] for gain in parts[part]["gains"].values())
     assert parts["sim"]["pick_cup"]["trials"] == len(json.loads((out / "sim.json").read_text())) == 1
     picture = iio.imread(out.parent / "report.png")
     assert picture.shape[0] > 1000 and picture.std() > 20
@@ -165,6 +240,37 @@ def test_one_report_keeps_the_others(report, world):
     other = json.loads((out / "report.json").read_text())
     assert "kept under `earlier`" in text and other["lam"]["checkpoint"]["step"] == 4
     assert [plain(part) for part in other["earlier"]] == [{"part": "lam"} | plain(before["lam"])]
+
+
+def test_the_undistilled_student_is_the_one_that_training_began_with(world, monkeypatch):
+    """Its held-out numbers are those of step 0 of the log; the trained one's those of the last step."""
+    build, built = distill.build, []
+    monkeypatch.setattr(distill, "build", lambda *args: built.append(build(*args)) or built[-1])
+    args = replace(evaluate.TINY, lam=str(world / "lam"), student=str(world / "distill"), samples=8, probe_samples=8)
+    out = evaluate.report_student(args, CPU)
+    student, trained, _ = distill.load_student(world / "distill")
+    teacher, teacher_args, _ = lam.load_lam(world / "lam")
+    windows = distill.make_windows(trained, teacher_args, student.image_size, "val")
+    log = common.read_metrics(world / "distill")
+    for model, row in ((built[1], log[0]), (student, log[-1])):
+        got = distill.validate(model, teacher.eval(), windows, trained, CPU)
+        assert got == pytest.approx({k: v for k, v in row.items() if k != "step"}, rel=1e-4)
+    more = distill.validate(student, teacher, windows, replace(trained, val_samples=8), CPU)
+    same = ("mse", "kl", "mse_mean", "cosine", "perplexity")
+    assert {k: out[k] for k in same} == pytest.approx({k: more[f"val_{k}"] for k in same}, rel=1e-4)
+
+
+def test_results_say_how_to_repeat_them(report, world, tmp_path):
+    """The file has the report and what made it; one for all reports at once is refused before any work."""
+    words = ("--tiny", "--lam", world / "lam", "--student", world / "distill", "--out", tmp_path / "evaluate")
+    file = tmp_path / "results/student.json"
+    forked("evaluate.py", "student", *words, *SHORT, "--results", file)
+    there = json.loads(file.read_text())
+    assert {"commands", "seed", "hardware", "evaluated_at_commit", "trained_at_commit"} < set(there)
+    assert there["training_args"]["lr"] == distill.TINY.lr and there["training_seconds"] >= 0
+    assert "evaluate.py student" in there["commands"][0] and there["student"]["probes"]["zhat"]
+    _, text = forked("evaluate.py", *words, "--results", file, code=2)
+    assert "--results" in text and "one report" in text
 
 
 def arguments(world, **changes) -> evaluate.Args:
