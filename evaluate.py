@@ -482,7 +482,8 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     if meta["teacher"] != {k: taught[k] for k in meta["teacher"]}:
         raise InputError(f"the student at {args.student} learned from {meta['teacher']} of {trained.lam}; {args.lam} "
                          f"is now at step {taught['step']} of {taught['commit']}: distil again, or give its --lam")
-    before = distill.build(trained, student.tokens, student.head.out_features)
+    sizes = found if trained.student in common.VLM_SIZES else None  # as they were then
+    before = distill.build(trained, student.tokens, student.head.out_features, sizes)
     student, before, teacher = (model.to(process.device).eval() for model in (student, before, teacher))
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
                       preload=False)  # fmt: skip
