@@ -823,7 +823,8 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
         then = read_json(run / "args.json")
         if not isinstance(then, dict):
             raise InputError(f"{run / 'args.json'} is damaged (no object): restore it, or choose another --out")
-        then = {"world": 1} | then
+        defaults = json.loads(json.dumps(dataclasses.asdict(type(args)()), default=str))
+        then = {"world": 1} | defaults | then  # an option that came later: the run did what its default does
         before, after = (math.prod(a.get(k, 1) for k in spread) for a in (then, now))
         if before != after:
             each, rest = divmod(before, process.world)

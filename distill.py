@@ -41,6 +41,8 @@ Where we depart from the paper, or fill in what it does not say:
     --small the student starts from random weights.
  6. 138,000 steps at a batch of 256: 7 days of 16 A100s by `python -m benchmarks.plan distill`, 4.4 s a step at 40 % of
     their peak. 84 % of the arithmetic is the teacher's, which looks at 16 frames.
+ 7. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
+    else, the subtask text and what validation measures among it, stays as it is.
 """
 
 import json
@@ -85,6 +87,8 @@ class Args:
     weights. (Sec. 4.1, 6.2)"""
     lambda_r: float = 0.5
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
+    shuffle: bool = False
+    """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8
     """Windows per GPU and micro-step. (Sec. 6.3)"""
     accumulate: int = 2
@@ -349,6 +353,13 @@ def distill_loss(
     return align + lambda_r * text, parts | {"text": text.detach()}
 
 
+def another(index: Tensor, seed: int) -> Tensor:
+    """For each sample of a micro-batch, by its number in the stream (B,), the place of another one: a random cycle
+    through all of them, a function of (seed, these numbers) alone."""
+    order = common.noise((), index, seed, index.device, purpose=6).argsort()
+    return torch.empty_like(order).scatter(0, order, order.roll(1))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Validation
 # --------------------------------------------------------------------------------------------------------------------
@@ -522,6 +533,7 @@ def train(args: Args, process: Process) -> None:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 with torch.no_grad():
                     z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
+                z = z[another(batch["index"], args.seed)] if args.shuffle else z
                 hat, logits, target = student(batch["first"], batch["instruction"], phases(batch))
                 loss, parts = distill_loss(hat, z, logits, target, n_words / args.accumulate, args.lambda_r)
             (loss / args.accumulate).backward()
@@ -558,6 +570,8 @@ def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, lambda_r=0)
+    if args.shuffle and args.batch < 2:
+        raise InputError(f"--shuffle needs another sample in the micro-batch: --batch {args.batch} must be 2 or more")
 
 
 def main() -> None:

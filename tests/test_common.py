@@ -480,6 +480,13 @@ def test_open_run_refuses_and_resumes(tmp_path, process, tokenizer):
     for changed in (Args(steps=7), Args(data=("other",)), Args(lr=1.0)):
         with pytest.raises(InputError, match="other arguments"):
             common.open_run(out, changed, process, resume=True)
+    # Of an option that came after the run, the default is what the run did.
+    then = json.loads((run / "args.json").read_text())
+    del then["lr"]
+    common.write_json(run / "args.json", then)
+    assert common.open_run(out, Args(out=out), process, resume=True)[1] == kept
+    with pytest.raises(InputError, match="other arguments.*lr"):
+        common.open_run(out, Args(lr=1.0), process, resume=True)
     assert common.open_run(str(tmp_path / "new"), Args(), process, resume=True)[1] is None  # nothing there yet: a start
 
 

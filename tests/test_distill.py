@@ -19,6 +19,7 @@ import distill
 import finetune
 import lam
 from common import InputError
+from data.windows import collate
 
 SHORT, LONG = "close the oven", "put the building block into the corresponding slot, and then move back to the table"
 
@@ -76,6 +77,18 @@ def test_distill_loss_by_hand():
     halves, _ = distill.distill_loss(z, z, logits, words, torch.tensor(4.0), lambda_r=2.0)  # of four words in all
     assert halves.item() == pytest.approx(text, abs=1e-6)
     assert distill.Args().lambda_r == 0.5
+
+
+def test_another_sample():
+    """Nobody gets their own; who gets whose follows from seed and numbers, not from the order in the batch."""
+    index = torch.arange(100, 116)
+    partner = distill.another(index, seed=0)
+    assert sorted(partner.tolist()) == list(range(16)) and (partner != torch.arange(16)).all()
+    given = lambda index, seed: dict(zip(index.tolist(), index[distill.another(index, seed)].tolist(), strict=True))
+    assert given(index.flip(0), 0) == given(index, 0)
+    assert given(index, 1) != given(index, 0)
+    assert given(index + 16, 0) != {k + 16: v + 16 for k, v in given(index, 0).items()}
+    assert distill.another(index[:2], 0).tolist() == [1, 0]
 
 
 # -- mask --------------------------------------------------------------------------------------------------------------
@@ -360,6 +373,35 @@ def test_resume_is_exact(data, teacher_run, tmp_path, capsys):
     h.save_lam(tmp_path / "lam", replace(h.LAM_ARGS, motion_tokens=3))
     with pytest.raises(InputError, match=r"has \[3, 2\] scene and motion tokens of width 48, the teacher .* \[3, 3\]"):
         distill.train(replace(moved, resume=True), h.process())
+
+
+def test_shuffle(data, teacher_run, tmp_path, monkeypatch):
+    """The student is taught other samples' Z and its own text; validation is as ever."""
+    teacher, teacher_args, _ = lam.load_lam(teacher_run)
+    loss, taught, logs = distill.distill_loss, [], []
+    monkeypatch.setattr(distill, "distill_loss", lambda hat, z, *rest: taught.append(z) or loss(hat, z, *rest))
+    for shuffle in (False, True):
+        args = run_args(data, teacher_run, tmp_path / str(shuffle), shuffle=shuffle)
+        torch.manual_seed(0)
+        distill.train(replace(args, steps=2), h.process())
+        logs.append(h.log(tmp_path / str(shuffle)))
+    student, args, _ = distill.load_student(tmp_path / "True")
+    windows = distill.make_windows(args, teacher_args, student.image_size, "train")
+    for step in range(2):
+        batch = collate([windows[i] for i in range(4 * step, 4 * step + 4)])
+        with torch.no_grad():
+            z = torch.cat(teacher.eval().encoder(batch["video"], batch["instruction"]), 1)
+        close(taught[step], z)
+        close(taught[2 + step], z[distill.another(batch["index"], args.seed)])
+        own = batch["window"] == batch["window"][distill.another(batch["index"], args.seed)]  # drawn twice
+        assert ((taught[2 + step] - z).abs().amax((1, 2)) > 0.01).equal(~own) and own.sum() < 3
+    plain, shuffled = logs
+    assert plain[0] == shuffled[0] and plain[1]["text"] == shuffled[1]["text"] and plain[1]["mse"] != shuffled[1]["mse"]
+    held_out = distill.make_windows(args, teacher_args, student.image_size, "val")
+    now = distill.validate(student.eval(), teacher, held_out, args, h.process())
+    assert now == pytest.approx({k: v for k, v in shuffled[-1].items() if k != "step"}, rel=1e-5)
+    with pytest.raises(InputError, match="--batch 1 must be 2 or more"):
+        distill.check(replace(args, batch=1))
 
 
 def test_no_teacher_leaves_no_run_behind(data, tmp_path):
