@@ -1195,7 +1195,7 @@ def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, s
         return None, reason
     return {
         "frames": {camera: np.stack(images) for camera, images in frames.items()}, "action": np.stack(actions),
-        "state": np.stack(states), "task": robot.instruction, "subtasks": phases,
+        "state": np.stack(states), "task": robot.instruction, "subtasks": phases, "task_name": task.name,
     }, ""  # fmt: skip
 
 

@@ -219,11 +219,12 @@ class LeRobotWriter:
 
     def add_episode(
         self, frames: dict[str, np.ndarray | Clip], action: np.ndarray, state: np.ndarray, task: str,
-        subtasks: Sequence[str] | None = None, camera: np.ndarray | None = None,
+        subtasks: Sequence[str] | None = None, camera: np.ndarray | None = None, task_name: str = "",
     ) -> None:  # fmt: skip
         """One episode of n steps: frames[camera] uint8 (n, H, W, 3) or a `Clip` of them, action (n, A), state (n, S),
-        the instruction, optionally the text of the present phase at each step, and with `moving_camera` the camera's
-        pose (n, 7). Raises InputError where shapes or values do not fit."""
+        the instruction, optionally the text of the present phase at each step, with `moving_camera` the camera's pose
+        (n, 7), and what its task is called where that has several instructions. Raises InputError where shapes or
+        values do not fit."""
         n, action, state = len(action), np.asarray(action, np.float32), np.asarray(state, np.float32)
         want = (n, len(self.action_names)), (n, len(self.state_names))
         if n < 2 or (action.shape, state.shape) != want:
@@ -247,7 +248,8 @@ class LeRobotWriter:
             if name not in self.videos:
                 self.videos[name] = _Video(self._file(f"videos/{_IMAGE}{name}", "mp4"), size, self.fps)
             self.videos[name].add(frames[name])
-        self.pending.append((action, state, task, list(subtasks) if subtasks is not None else [task] * n, pose))
+        texts = list(subtasks) if subtasks is not None else [task] * n
+        self.pending.append((action, state, task, texts, pose, task_name or task))
         if len(self.pending) >= self.episodes_per_file:
             self.flush()
 
@@ -260,13 +262,13 @@ class LeRobotWriter:
         file = {"chunk_index": self.file // 1000, "file_index": self.file % 1000}
         first = start = self.episodes[-1]["dataset_to_index"] if self.episodes else 0
         whole: dict[str, list] = {"frame_index": [], "episode_index": [], "task_index": [], "subtask_index": []}
-        for action, state, task, subtasks, camera in self.pending:
+        for action, state, task, subtasks, camera, task_name in self.pending:
             n, e = len(action), len(self.episodes)
             whole["frame_index"] += range(n)
             whole["episode_index"] += [e] * n
             whole["task_index"] += [self.tasks.setdefault(task, len(self.tasks))] * n
             whole["subtask_index"] += [self.subtasks.setdefault(s, len(self.subtasks)) for s in subtasks]
-            row = {"episode_index": e, "tasks": [task], "length": n}
+            row = {"episode_index": e, "tasks": [task], "task_name": task_name, "length": n}
             row |= {"dataset_from_index": start, "dataset_to_index": start + n}
             row |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
             row |= {f"data/{k}": v for k, v in file.items()}
@@ -473,6 +475,8 @@ class LeRobotReader:
         if not self.num_episodes:
             raise InputError(f"{self.source} holds no episodes")
         self.lengths = np.array([r["length"] for r in self.episodes])
+        # What episodes are demonstrations of: the task's name, or where it has none the instruction.
+        self.task_names = [r.get("task_name") or (r.get("tasks") or [""])[0] for r in self.episodes]
         # A mapped data set's own statistics describe its own columns, so only the mapping's will do.
         path = meta / "stats.json"
         own = self._json(path, schema.STATS) if path.exists() and not self.mapping_path else {}

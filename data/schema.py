@@ -126,7 +126,7 @@ def info(version: str) -> dict:
 
 def episodes(version: str, cameras: Iterable[str]) -> list:
     """The rows of meta/episodes; `cameras` are the columns in use."""
-    row = {"episode_index": INDEX, "length": COUNT, "tasks": Maybe(_TEXTS)}
+    row = {"episode_index": INDEX, "length": COUNT, "tasks": Maybe(_TEXTS), "task_name": Maybe(TEXT)}
     if version == "v3.0":
         for part in ("data", *(f"videos/{camera}" for camera in cameras)):
             row |= {f"{part}/{k}": INDEX for k in ("chunk_index", "file_index")}

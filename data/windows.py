@@ -51,7 +51,8 @@ class Windows(torch.utils.data.Dataset):
         instruction, subtask   str (the phase at t);   index, dataset, window   int
         damaged       str: what was passed over to find this window, a line each
 
-    split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many."""
+    split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many of each
+    task (see LeRobotReader.task_names), so that fewer are a part of more."""
 
     def __init__(
         self, sources: Sequence[str | Path], views: dict[str, View], actions: int, hz: float, seed: int,
@@ -71,9 +72,15 @@ class Windows(torch.utils.data.Dataset):
         for reader in self.readers:
             for camera in sorted({v.camera for v in views.values()} - set(reader.cameras)):
                 raise InputError(f"{reader.source} has no camera {camera!r}, it has {list(reader.cameras)}")
-            if episodes > reader.num_episodes:
-                raise InputError(f"{reader.source} has {reader.num_episodes} episodes, fewer than {episodes}")
-            ids = np.arange(episodes or reader.num_episodes)
+            ids = np.arange(reader.num_episodes)
+            if episodes:
+                of_each = [np.flatnonzero(np.array(reader.task_names) == name) for name in set(reader.task_names)]
+                fewest = min(of_each, key=len)
+                if episodes > len(fewest):
+                    name = reader.task_names[fewest[0]]
+                    raise InputError(f"{reader.source} has {len(fewest)} episodes of {name!r}, fewer than {episodes}: "
+                                     f"lower --episodes, or record more")  # fmt: skip
+                ids = np.sort(np.concatenate([numbers[:episodes] for numbers in of_each]))
             held_out = np.isin(ids, _held_out(reader.num_episodes, val_every))
             ids = {"train": ids[~held_out], "val": ids[held_out], "all": ids}[split]
             ids = ids[reader.lengths[ids] > 1]

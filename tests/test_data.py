@@ -321,8 +321,9 @@ def test_windows_refuse(dataset, tmp_path):
     make = lambda **kw: Windows(**{"sources": [dataset], "views": VIEWS, "actions": 3, "hz": 10, "seed": 0} | kw)
     for options, text in (
         ({"sources": []}, "no data"), ({"weights": [1, 2]}, "--weights"), ({"weights": [0.0]}, "--weights"),
-        ({"views": {"x": View("front", 1, 32)}}, "no camera 'front'"), ({"episodes": 11}, "10 episodes, fewer than 11"),
-        ({"split": "val", "val_every": 20}, "leave none for the val split"), ({"hz": 3}, "--stride 3"),
+        ({"views": {"x": View("front", 1, 32)}}, "no camera 'front'"), ({"hz": 3}, "--stride 3"),
+        ({"episodes": 6}, "5 episodes of '.*', fewer than 6"),
+        ({"split": "val", "val_every": 20}, "leave none for the val split"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=text):
             make(**options)
@@ -559,7 +560,22 @@ def test_weights_and_splits(dataset, tmp_path):
     assert "weight 0.960" in by_frames.summary()
     train, val = (Windows([dataset], {}, 1, 10, 0, split=s, val_every=5) for s in ("train", "val"))
     assert len(val.chosen[0]) == 2 and sorted([*train.chosen[0], *val.chosen[0]]) == list(range(10))
-    assert Windows([dataset], {}, 1, 10, 0, episodes=3).chosen[0].tolist() == [0, 1, 2]
+    assert Windows([dataset], {}, 1, 10, 0, episodes=3).chosen[0].tolist() == [0, 1, 2, 3, 4, 5]  # of two tasks
+
+
+def test_so_many_episodes_of_each_task(tmp_path, episodes):
+    """A task may have several instructions; without a name each instruction is one. Fewer are a part of more, in
+    whatever order tasks were recorded."""
+    names = ["cup", "oven", "cup", "cup", "oven", "cup", "oven", "cup", "oven", "oven"]
+    named = [e | {"task_name": name} for e, name in zip(episodes, names, strict=True)]
+    data = write_set(tmp_path / "set", named)
+    with LeRobotWriter(data, cameras={c: (32, 32) for c in ("primary", "wrist")}, resume=True) as writer:
+        writer.add_episode(**named[0] | {"task": "pick up the blue cup"})
+    chosen = lambda n: Windows([data], {}, 1, 10, 0, episodes=n).chosen[0].tolist()
+    assert chosen(1) == [0, 1] and chosen(3) == [0, 1, 2, 3, 4, 6] and chosen(5) == list(range(10))
+    assert chosen(0) == list(range(11))
+    with pytest.raises(InputError, match="5 episodes of 'oven', fewer than 6"):
+        chosen(6)
 
 
 # -- v2.1, mappings, statistics -----------------------------------------------------------------------------------

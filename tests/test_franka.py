@@ -299,6 +299,7 @@ def demos(tmp_path_factory):
 
 def test_recording_reads_back(demos):
     assert demos.num_episodes == 2 * len(TASKS) and demos.fps == HZ and set(demos.cameras) == {"primary", "wrist"}
+    assert demos.task_names == 2 * list(TASKS)
     texts = [demos.episode(i)["task"] for i in range(demos.num_episodes)]
     assert "cup" in texts[0] and "cup" in texts[5] and texts[1:5] == [t.instruction for t in list(TASKS.values())[1:]]
     for i in range(demos.num_episodes):
