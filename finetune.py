@@ -17,9 +17,10 @@ layer by layer, reads the student's keys and values, and writes the next H actio
     python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
     torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
 
-Reads one LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
+Reads a LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
 (the baselines of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/:
-args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
+args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them. A control, plain
+behaviour cloning, first learns the actions of several data sets (of play, say), and then starts a policy from that run.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's
@@ -31,6 +32,8 @@ Where we depart from the paper, or fill in what it does not say:
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values.
+ 6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
+    alike.
 """
 
 import math
@@ -65,13 +68,15 @@ EXPERT_SIZES: dict[str, dict[str, int]] = {
 
 @dataclass
 class Args:
-    data: str = "datasets/libero"
-    """LeRobot data set of one robot: PATH, or PATH@MAPPING."""
+    data: tuple[str, ...] = ("datasets/libero",)
+    """LeRobot data sets with the same columns, of one robot or of several: PATH, or PATH@MAPPING."""
     episodes: int = 0
-    """Use only the first so many episodes; 0 for all. (Table 4: 10, 50, all)"""
+    """Use only the first so many demonstrations of each task; 0 for all. Tasks are told apart as the recorder names
+    them, or else by their instructions. (Table 4: 10, 50, all)"""
     init: str = "runs/paper/distill"
     """The student: a run of distill.py; lerobot/pi05_base, with its expert, or PaliGemma (folder or hub name) for the
-    baselines; paligemma-small or paligemma-tiny for random weights. (Sec. 3.3)"""
+    baselines; paligemma-small or paligemma-tiny for random weights. Or a run of this stage, whose student and expert
+    then learn other data: normalisation is that of the new data, not its own. (Sec. 3.3)"""
     out: str = "runs/paper/finetune"
     """Run folder: log and checkpoints."""
     resume: bool = False
@@ -134,14 +139,14 @@ class Args:
 
 
 TINY = Args(
-    data="data/tiny", init="runs/tiny/distill", out="runs/tiny/finetune", expert="tiny", latents=(8, 8), batch=8,
+    data=("data/tiny",), init="runs/tiny/distill", out="runs/tiny/finetune", expert="tiny", latents=(8, 8), batch=8,
     steps=200, lr=1e-3, min_lr=1e-5, warmup=10, val_every=15, val_samples=64, save_every=50, log_every=10, workers=0,
     preload=True,
 )  # fmt: skip
 SMALL = Args(
-    data="runs/data/pick_cup", init="runs/small/distill", out="runs/small/finetune", expert="small", latents=(16, 16),
-    batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, val_every=0, save_every=500, log_every=20,
-    workers=0, preload=True,
+    data=("runs/data/pick_cup",), init="runs/small/distill", out="runs/small/finetune", expert="small",
+    latents=(16, 16), batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, val_every=0,
+    save_every=500, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 
@@ -294,13 +299,25 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     What was loaded from published weights, is new or left over is printed: of pi0.5 its expert's head, which nothing
     reads, and the flow-matching heads action_in_proj and action_out_proj (its time_mlp_* are spent, see `pi05_expert`).
 
-    Raises InputError where --init names no student, no pi0.5 and no PaliGemma, and for an unknown --expert."""
+    Raises InputError where --init names no student, no policy, no pi0.5 and no PaliGemma, for a policy of another
+    shape, and for an unknown --expert."""
     size, rest = (args.expert if args.expert in EXPERT_SIZES else "300m"), {}
     if checkpoint:
         meta = common.load_meta(checkpoint)
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
         return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
+    if found := _policy(args.init):
+        then = common.load_args(Args, common.load_meta(found))
+        there = {"expert": then.expert if then.expert in EXPERT_SIZES else "300m", "chunk": then.chunk,
+                 "cameras": list(then.cameras)}  # fmt: skip
+        here = {"expert": args.expert, "chunk": args.chunk, "cameras": list(args.cameras)}
+        if there != here:
+            raise InputError(f"--init {args.init} is a policy with {there}, and this command asks for {here}: give the "
+                             f"same --expert, --chunk and --cameras, or its student, {then.init}, as --init")
+        model = build(args, found)
+        common.load_weights(model, found)
+        return model
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
     if args.expert not in EXPERT_SIZES:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
@@ -337,6 +354,13 @@ def _pi05_rest(source: str) -> dict[str, Tensor]:
         why = str(error).splitlines()[0]
     raise InputError(f"unknown --expert {source!r}: choose one of {sorted(EXPERT_SIZES)}, or a folder or hub name of "
                      f"pi0.5 ({why})")  # fmt: skip
+
+
+def _policy(init: str) -> Path | None:
+    """The checkpoint that --init names, if it is one of this stage."""
+    path = Path(init)
+    found = path if (path / "meta.json").exists() else next(reversed(common.checkpoints(path)), None)
+    return found if found and common.load_meta(found)["stage"] == "finetune" else None
 
 
 def _hub_name(name: str) -> bool:
@@ -473,11 +497,34 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
 
 
 def make_windows(args: Args, image_size: int, split: str) -> Windows:
-    """One frame of each camera and the next `chunk` actions."""
+    """One frame of each camera and the next `chunk` actions, normalised alike whichever data set they are of.
+
+    Raises InputError for data sets of different columns."""
     wanted = {camera: View(camera, 1, image_size) for camera in args.cameras}
     seed = args.seed + (2 if split == "train" else 10_002)
-    return Windows([args.data], wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all",
-                   args.val_every, args.episodes, args.preload)  # fmt: skip
+    windows = Windows(args.data, wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all",
+                      args.val_every, args.episodes, args.preload)  # fmt: skip
+    first, *others = windows.readers
+    for other in others:
+        for kind in ("action_names", "state_names"):
+            if odd := sorted({*getattr(first, kind)} ^ {*getattr(other, kind)}):
+                raise InputError(f"--data {first.source} and {other.source} differ in their {kind} {odd}: a policy has "
+                                 f"one set of columns; train one for each")  # fmt: skip
+    windows.action_norms, windows.state_norms = (
+        [spanning(norms)] * len(norms) for norms in (windows.action_norms, windows.state_norms)
+    )
+    return windows
+
+
+def spanning(norms: list[Normalizer]) -> Normalizer:
+    """One normaliser for data sets of the same columns: from the lowest q01 to the highest q99 of each dimension."""
+    if len(norms) == 1:
+        return norms[0]
+    low = torch.stack([n.centre - n.scale for n in norms]).amin(0)
+    high = torch.stack([n.centre + n.scale for n in norms]).amax(0)
+    out = Normalizer(norms[0].names)
+    out.centre, out.scale = (low + high) / 2, (high - low) / 2
+    return out
 
 
 def views(batch: dict, args: Args) -> Tensor:
@@ -527,11 +574,11 @@ def train(args: Args, process: Process) -> None:
     held_out = make_windows(args, size, "val") if args.val_every else windows
     model.action_norm.load_state_dict(windows.action_norms[0].state_dict())
     model.state_norm.load_state_dict(windows.state_norms[0].state_dict())
-    reader, rate = windows.readers[0], windows.readers[0].fps / windows.strides[0]
-    if abs(rate / args.hz - 1) > 0.05:
-        raise InputError(f"{args.data} has {reader.fps:g} Hz: in strides of {windows.strides[0]} that is {rate:g} "
-                         f"actions a second, and not --hz {args.hz:g}; add --hz {rate:g}")
-    model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))
+    for reader, stride in zip(windows.readers, windows.strides, strict=True):
+        if abs((rate := reader.fps / stride) / args.hz - 1) > 0.05:
+            raise InputError(f"{reader.source} has {reader.fps:g} Hz: in strides of {stride} that is {rate:g} actions "
+                             f"a second, and not --hz {args.hz:g}; add --hz {rate:g}")  # fmt: skip
+    model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))  # the same of all
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
     distill.check_instructions(windows)

@@ -46,7 +46,8 @@ def inputs(b: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[
 def run_args(data, out, **changes) -> finetune.Args:
     changes = dict(init="paligemma-micro", latents=(3, 2), chunk=4, execute=2, batch=4, steps=4, save_every=2,
                    log_every=1, warmup=1, val_every=4, val_samples=6) | changes  # fmt: skip
-    return replace(finetune.TINY, data=str(data), out=str(out), **changes)
+    sources = data if isinstance(data, tuple) else (data,)
+    return replace(finetune.TINY, data=tuple(map(str, sources)), out=str(out), **changes)
 
 
 # -- loss --------------------------------------------------------------------------------------------------------------
@@ -227,6 +228,58 @@ def test_views_follow_the_cameras(data):
         for k, camera in enumerate(cameras):
             assert torch.equal(images[:, k], batch[camera][:, 0])
         assert len(cameras) == 1 or not torch.equal(images[:, 0], images[:, 1])
+
+
+def changed_copy(data, root, file: str, change):
+    """A copy of a data set with one of its JSON files in meta/ changed."""
+    shutil.copytree(data, root)
+    value = common.json.loads((root / f"meta/{file}.json").read_text())
+    change(value)
+    common.write_json(root / f"meta/{file}.json", value)
+    return root
+
+
+def wider(stats: dict) -> None:
+    """Twice the range in x, and y moved up."""
+    for key in ("q01", "q99"):
+        stats["action"][key][0] *= 2
+        stats["action"][key][1] += 1
+
+
+def test_several_data_sets_share_a_normaliser(data, tmp_path):
+    """Its range holds that of each; a physical action is one normalised action, whichever data set it is in; and it is
+    the policy's."""
+    other = changed_copy(data, tmp_path / "other", "stats", wider)
+    args = run_args((data, other), tmp_path / "run", steps=1, save_every=1)
+    windows = finetune.make_windows(args, 32, "train")
+    (norm, same), alone = windows.action_norms, finetune.make_windows(run_args(data, ""), 32, "train").action_norms[0]
+    x, y = 7, 8
+    assert norm is same and norm.scale[13] == 1 and norm.centre[13] == 0
+    torch.testing.assert_close(norm.scale[9:], alone.scale[9:])
+    assert norm.scale[x] > 1.5 * alone.scale[x] and norm.scale[y] == pytest.approx(alone.scale[y] + 0.5)
+    assert norm.centre[y] == pytest.approx(alone.centre[y] + 0.5)
+    one, two = (windows.window(d, 3) for d in range(2))
+    assert torch.equal(one["action"], two["action"]) and torch.equal(one["state"], two["state"])
+    action = LeRobotReader(data).episode(int(windows.chosen[0][0]))["action"][3]
+    np.testing.assert_allclose(norm.unnormalize(one["action"][0]), action, atol=1e-6)
+    assert {windows.choose(i) for i in range(8)} == {0, 1}
+    finetune.train(args, h.process())
+    trained = finetune.load_policy(tmp_path / "run").model.action_norm
+    assert torch.equal(trained.scale, norm.scale) and torch.equal(trained.centre, norm.centre)
+
+
+def test_data_sets_of_other_columns_are_refused(data, tmp_path):
+    rename = lambda info: info["features"]["action"]["names"].__setitem__(5, "left_yaw")
+    other = changed_copy(data, tmp_path / "other", "info", rename)
+    args = run_args((data, other), tmp_path / "run")
+    with pytest.raises(InputError, match=r"differ in their action_names \['left_yaw', 'right_yaw'\]"):
+        finetune.train(args, h.process())
+
+
+def test_one_data_set_or_several_on_the_command_line():
+    parse = lambda *words: common.parse_args(finetune.Args, {"tiny": finetune.TINY}, "", words).data
+    assert parse("--tiny", "--data", "a", "--steps", "3") == ("a",) and parse("--data", "a", "b") == ("a", "b")
+    assert parse("--tiny") == ("data/tiny",)
 
 
 def test_augment():
@@ -538,9 +591,27 @@ def test_resume_is_exact(data, tmp_path):
         finetune.train(replace(args, resume=True), h.process())
 
 
-def test_wrong_checkpoints(overfitted, tmp_path):
-    with pytest.raises(InputError, match="checkpoint of 'finetune', not of 'distill'"):
-        finetune.build(run_args("", "", init=str(overfitted)))
+def test_init_from_a_policy(data, overfitted, tmp_path):
+    """All its weights go on, and the normalisation is that of the new data; a policy of another shape is refused."""
+    other = changed_copy(data, tmp_path / "other", "stats", wider)
+    like = dict(init=str(overfitted), cameras=("wrist", "primary"))
+    still = dict(lr=0.0, min_lr=0.0, weight_decay=0.0, steps=1, save_every=1)
+    finetune.train(run_args(other, tmp_path / "run", **like, **still), h.process())
+    old, new = (finetune.load_policy(run).model for run in (overfitted, tmp_path / "run"))
+    assert all(torch.equal(p, q) for p, q in zip(old.parameters(), new.parameters(), strict=True))
+    assert new.action_norm.scale[7] == 2 * old.action_norm.scale[7]
+    assert torch.equal(new.state_norm.scale, old.state_norm.scale)
+    cases = [
+        ({"chunk": 3, "execute": 2}, "'chunk': 4.*'chunk': 3.*the same --expert, --chunk and --cameras"),
+        ({"cameras": ("primary", "wrist")}, r"\['wrist', 'primary'\].*\['primary', 'wrist'\]"),
+        ({"expert": "small"}, "'expert': 'tiny'.*'expert': 'small'.*its student, paligemma-micro"),
+    ]
+    for odd, says in cases:
+        with pytest.raises(InputError, match=says):
+            finetune.build(run_args("", "", **like | odd))
+
+
+def test_wrong_checkpoints(tmp_path):
     run = h.save_student(tmp_path / "student", h.make_student())
     with pytest.raises(InputError, match="checkpoint of 'distill', not of 'finetune'"):
         finetune.load_policy(run)
@@ -558,7 +629,7 @@ def test_bad_arguments(data, tmp_path):
         ({"cameras": ("primary", "side")}, r"no camera 'side', it has \['primary', 'wrist'\]"),
         ({"expert": "2b"}, "unknown --expert '2b': choose one of"),
         ({"init": "internvl-micro"}, "the student is PaliGemma, not 'internvl'"),
-        ({"episodes": 9}, "has 4 episodes, fewer than 9"),
+        ({"episodes": 3}, "has 2 episodes of '.*', fewer than 3: lower --episodes"),
     ]
     for k, (changes, message) in enumerate(cases):
         with pytest.raises(InputError, match=message):
