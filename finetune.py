@@ -16,11 +16,12 @@ layer by layer, reads the student's keys and values, and writes the next H actio
     python finetune.py --tiny                                                       a CPU, about a minute
     python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
     torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
+    python finetune.py --small --init paligemma-small --data runs/data/play/fr3 runs/data/play/gripper --out runs/clone
+    python finetune.py --small --init runs/clone --out runs/cloned               a control: the play cloned before
 
 Reads a LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
 (the baselines of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/:
-args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them. A control, plain
-behaviour cloning, first learns the actions of several data sets (of play, say), and then starts a policy from that run.
+args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
 
 Where we depart from the paper, or fill in what it does not say:
  1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's

@@ -74,13 +74,13 @@ class Windows(torch.utils.data.Dataset):
                 raise InputError(f"{reader.source} has no camera {camera!r}, it has {list(reader.cameras)}")
             ids = np.arange(reader.num_episodes)
             if episodes:
-                of_each = [np.flatnonzero(np.array(reader.task_names) == name) for name in set(reader.task_names)]
-                fewest = min(of_each, key=len)
+                names = np.array(reader.task_names)
+                of_each = {name: np.flatnonzero(names == name) for name in np.unique(names).tolist()}
+                name, fewest = min(of_each.items(), key=lambda item: len(item[1]))
                 if episodes > len(fewest):
-                    name = reader.task_names[fewest[0]]
                     raise InputError(f"{reader.source} has {len(fewest)} episodes of {name!r}, fewer than {episodes}: "
                                      f"lower --episodes, or record more")  # fmt: skip
-                ids = np.sort(np.concatenate([numbers[:episodes] for numbers in of_each]))
+                ids = np.sort(np.concatenate([numbers[:episodes] for numbers in of_each.values()]))
             held_out = np.isin(ids, _held_out(reader.num_episodes, val_every))
             ids = {"train": ids[~held_out], "val": ids[held_out], "all": ids}[split]
             ids = ids[reader.lengths[ids] > 1]

@@ -308,7 +308,7 @@ def test_errors_leave_a_worker_as_one_line(copy, process, capsys):
     (copy / "videos/observation.images.primary/chunk-000/file-000.mp4").unlink()
 
     def main():
-        next(stream(Windows([copy], VIEWS, 3, 10, 0, episodes=4), 4, 0, process, 1, workers=1))
+        next(stream(Windows([copy], VIEWS, 3, 10, 0, episodes=2), 4, 0, process, 1, workers=1))  # of two tasks: 0 to 3
 
     with pytest.raises(SystemExit) as stop:
         common.run_main(main)
