@@ -1,0 +1,170 @@
+"""Still scenes and what is learned from them before stage 1."""
+
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.spatial.transform import Rotation
+
+import common
+import pretrain
+from common import InputError
+from data import stills
+from data.play import HELD_OUT
+from data.scenes import Scene
+
+TINY = replace(pretrain.TINY, scenes=1, steps=4, val_scenes=1, save_every=2, log_every=1)
+
+
+def test_a_scene_is_a_function_of_its_seed_and_number():
+    one, same, other = (stills.stills(0, n, 48) for n in (3, 3, 4))
+    assert all(np.array_equal(a.image, b.image) and a.things == b.things for a, b in zip(one, same, strict=True))
+    assert not any(np.array_equal(a.image, b.image) for a, b in zip(one, other, strict=True))
+    assert len(one) == stills.PER_SCENE and len({still.image.tobytes() for still in one}) == stills.PER_SCENE
+
+
+def test_boxes_are_where_the_camera_sees_the_things():
+    """A thing's centre, projected by hand, lies in its box unless something hides it."""
+    inside = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        scene = Scene("gripper", stills.Nothing, rng)
+        eyes = stills._eyes_of(scene, ("primary", "wrist"), 96)
+        words, owner = stills._owners(scene)
+        stills._arrange(scene, rng)
+        still = stills._look(scene, eyes, words, owner)[0]
+        assert still.image.shape == (96, 96, 3)
+        camera = scene.data.camera("primary")
+        turned = Rotation.from_matrix(camera.xmat.reshape(3, 3))
+        half = np.tan(np.radians(scene.model.camera("primary").fovy[0]) / 2)
+        boxes = dict(still.things)
+        for thing in scene.things.values():
+            x, y, z = turned.inv().apply(scene.where(thing.name)[0] - camera.xpos)
+            u, v = (1 + x / -z / half) / 2, (1 - y / -z / half) / 2
+            if thing.words in boxes:
+                top, left, bottom, right = boxes[thing.words]
+                assert 0 <= top < bottom <= 1 and 0 <= left < right <= 1
+                inside.append(top <= v <= bottom and left <= u <= right)
+    assert len(inside) > 12 and np.mean(inside) > 0.85
+
+
+def test_the_five_tasks_objects_are_not_named():
+    rng = np.random.default_rng(0)
+    said = [part for n in range(12) for still in stills.stills(0, n, 48) for k in (True, False)
+            for part in pretrain.ask(still, rng, k)]  # fmt: skip
+    assert not {word for text in said for word in text.split()} & set(HELD_OUT)
+    assert sum("gripper" in text for text in said) > 10
+
+
+def test_an_answer_gives_the_places_that_were_asked_for():
+    things = [("red cube", (0.5, 0.25, 0.75, 0.5)), ("gripper", (0.0, 0.125, 0.25, 1.0))]
+    still = stills.Still(np.zeros((8, 8, 3), np.uint8), things, np.full((8, 8), -1, np.int8))
+    assert pretrain.ask(still, np.random.default_rng(0), detect=False) == (
+        "describe",
+        "gripper <loc0000><loc0128><loc0256><loc1016> ; red cube <loc0512><loc0256><loc0768><loc0512>",
+    )
+    question, answer = pretrain.ask(still, np.random.default_rng(1), detect=True)
+    asked = question.removeprefix("detect ").split(" ; ")
+    assert [part.split("> ")[1] for part in answer.split(" ; ")] == asked
+
+
+@pytest.mark.parametrize("source", ["paligemma-tiny", "internvl-tiny"])
+def test_only_the_answer_is_to_be_said(source):
+    model, tokenizer = common.load_vlm(source)
+    asked = [("describe", "red cube <loc0512>"), ("detect gripper", "nothing")]
+    batch = pretrain.encode(tokenizer, model.config, asked)
+    for row, answer in enumerate(("red cube <loc0512>", "nothing")):
+        said = batch["labels"][row][batch["labels"][row] != -100]
+        assert torch.equal(said, batch["input_ids"][row][batch["labels"][row] != -100])
+        written = tokenizer.decode(said, skip_special_tokens=False).replace(" ", "")
+        assert written.startswith(answer.replace(" ", ""))
+        image = (batch["input_ids"][row] == model.config.image_token_id).sum()
+        assert image == (64 if source == "paligemma-tiny" else model.config.image_seq_length)
+        assert batch["attention_mask"][row].sum() >= image + len(said)
+
+
+def test_patches_are_labelled_with_what_they_show():
+    owner = np.full((8, 8), -1, np.int8)
+    owner[4:, 2:6] = 0  # the lower middle: halves of the lower two of four squares
+    still = stills.Still(np.zeros((8, 8, 3), np.uint8), [("red puck", (0.5, 0.25, 1.0, 0.75))], owner)
+    none = pretrain.CLASSES - 1
+    labels = pretrain.label_patches(still, 2)
+    assert np.array_equal(labels[:2, :2], [none, none])
+    thing = [list(pretrain.COLOURS).index("red"), stills.NOUNS.index("puck")]
+    assert np.array_equal(labels[2], [*thing, -0.5, 0.0, 0.5, 1.0])  # squares from the lower left one's centre
+    assert np.array_equal(labels[3], [*thing, -0.5, -1.0, 0.5, 0.0])
+    hand = stills.Still(still.image, [("left hand", (0.5, 0.25, 1.0, 0.75))], owner)
+    assert np.array_equal(pretrain.label_patches(hand, 2)[2, :2], [none[0], stills.NOUNS.index("hand")])
+
+    truth = torch.from_numpy(labels)[None]
+    one_hot = [torch.nn.functional.one_hot(truth[..., k].long(), n) * 50.0 for k, n in enumerate(pretrain.CLASSES)]
+    right = torch.cat([*one_hot, truth[..., 2:]], -1)
+    assert pretrain.patch_loss(right, truth) < 1e-6
+    moved = right.clone()
+    moved[:, :2, -4:] += 3.0  # a box where there is nothing
+    assert pretrain.patch_loss(moved, truth) < 1e-6
+    moved[:, 2:, -4:] += 0.5
+    assert pretrain.patch_loss(moved, truth) == pytest.approx(0.5 - 0.1, rel=1e-4)  # smooth L1: |d| - beta / 2
+
+
+def test_the_loss_is_least_for_the_blurred_place():
+    """At the blurred target itself the loss of places is its entropy, anywhere else it is larger."""
+    places, first = common.PLACES, 7
+    grid = torch.arange(places)
+    blurred = torch.softmax(-0.5 * ((grid - 40.0) / pretrain.BLUR) ** 2, -1)
+    entropy = -(blurred * blurred.clamp(min=1e-30).log()).sum()
+
+    def loss(of_places):
+        logits = torch.full((1, 3, places + 20), -1e4)
+        logits[0, 0, first : first + places], logits[0, 1, 3] = of_places, 0.0
+        model = SimpleNamespace(config=SimpleNamespace(model_type="paligemma"), lm_head=torch.nn.Identity(),
+                                model=lambda **_: SimpleNamespace(last_hidden_state=logits))  # fmt: skip
+        batch = {"input_ids": torch.zeros(1, 3), "labels": torch.tensor([[-100, first + 40, 3]])}
+        return pretrain.answer_loss(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), batch, first)
+
+    words, least, expected, true = loss(blurred.clamp(min=1e-30).log())
+    assert words < 1e-4 and true.item() == 40
+    torch.testing.assert_close(least, entropy)
+    torch.testing.assert_close(expected, torch.tensor([40.0]))
+    assert loss(blurred.roll(2).clamp(min=1e-30).log())[1] > entropy + 0.5
+
+
+def test_resumes_bit_for_bit_and_leaves_a_folder_that_loads(tmp_path):
+    def train(out, resume=False):
+        pretrain.train(replace(TINY, out=str(tmp_path / out), resume=resume), common.setup(0))
+
+    train("whole")
+    train("cut")
+    shutil.rmtree(tmp_path / "cut/checkpoints/step_00000004")
+    train("cut", resume=True)
+    whole, cut = (load_file(tmp_path / f"{k}/checkpoints/step_00000004/model.safetensors") for k in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+    model, tokenizer = common.load_vlm(str(tmp_path / "cut/hf"))
+    assert tokenizer.decode(tokenizer("<loc0512>", add_special_tokens=False).input_ids) == "<loc0512>"
+    own = dict(model.named_parameters())
+    assert own and all(torch.equal(own[k], whole[f"vlm.{k}"]) for k in own)
+
+
+def test_learns_where_a_scene_of_things_is():
+    """Overfits one scene: its boxes come out to a few pixels."""
+    torch.manual_seed(0)
+    model, tokenizer = common.load_vlm("internvl-tiny")
+    first = tokenizer.convert_tokens_to_ids("<loc0000>")
+    images, batch = pretrain.draw(0, 1, 1, 64, tokenizer, model.config, detect=False)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(120):
+        words, places, expected, true = pretrain.answer_loss(model, images, batch, first)
+        optimizer.zero_grad()
+        (words + places).backward()
+        optimizer.step()
+    assert (expected - true).abs().mean() < 4 < true.float().std()
+
+
+def test_wrong_models_are_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--tiny", "--model", "google/paligemma-3b-pt-224"])
+    with pytest.raises(InputError, match="choose one of"):
+        pretrain.main()
