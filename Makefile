@@ -1,6 +1,8 @@
 # make demo   the five stages end to end on a CPU: report.png and a video in runs/tiny (about 10 minutes on 2 cores)
 # make test   the test suite (under 20 minutes on 2 cores)
 # make lint   ruff
+# make reproduce  all that results/ holds, at --small; type it again to go on (ARGS=--list: what is left)
+# make results    tables and figures from results/
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +10,7 @@ PY := $(VENV)/bin/python
 export MUJOCO_GL ?= egl
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint slow data clean env
+.PHONY: demo test lint slow data clean env reproduce results
 
 env: $(VENV)/.installed gl
 
@@ -47,6 +49,12 @@ slow: env
 
 lint: env
 	$(PY) -m ruff check .
+
+reproduce: env
+	$(PY) reproduce.py --small $(ARGS)
+
+results: env
+	$(PY) report.py --small
 
 # Makes data/tiny anew: 15 demonstrations of each of the five tasks, two cameras.
 data: env

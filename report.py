@@ -1,0 +1,333 @@
+"""Tables and figures of the evidence, from results/<preset>/*.json and nothing else.
+
+    python report.py --small      # `make results`: into README.md and results/REPORT.md, and results/small/*.png
+
+Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
+that have such lines (NAME: table4, table5, controls, paired, hours), and two figures. What has not been measured yet is
+shown as missing. Results of different configurations are refused: files whose stages had different arguments beside
+those in which units are meant to differ, or that were made from another unit than the one whose record is there.
+
+Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
+All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
+binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
+proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
+far other *placements* would move a number; what another *training* would do is shown by the rows of a second seed.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import common
+import reproduce
+from common import InputError, wilson
+from reproduce import TASKS
+
+# Success in percent, in the order of TASKS, from the paper's Table 4; "none" is pi0.5.
+PAPER4 = {
+    (10, "none"): (0, 0, 60, 0, 20), (50, "none"): (0, 0, 60, 0, 20), (100, "none"): (20, 10, 80, 20, 20),
+    (10, "latbot"): (60, 20, 80, 20, 60), (50, "latbot"): (80, 80, 100, 50, 60),
+    (100, "latbot"): (60, 40, 80, 80, 80),
+}  # fmt: skip
+PAPER5 = {"univla-style": 51.0, "dla": 59.4, "uad": 61.5, "latbot": 87.5}  # the mean over SIMPLER's tasks (Table 5)
+NAMES = {
+    "none": "no distillation", "latbot": "LatBot", "univla-style": "UniVLA-style", "dla": "+ DLA", "uad": "+ UAD",
+    "bc": "behaviour cloning on play", "shuffled": "Z shuffled",
+}  # fmt: skip
+COMPARED = (  # the first is expected above the second
+    ("latbot", "none"), ("latbot", "univla-style"), ("latbot", "uad"), ("latbot", "dla"), ("uad", "univla-style"),
+    ("dla", "univla-style"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
+)  # fmt: skip
+MISSING = "–"
+
+Key = tuple[str, int, int]  # method, demonstrations of each task, seed
+Outcomes = dict[str, str]  # task -> a 1 or a 0 for each trial
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def pairs(first: Outcomes, second: Outcomes) -> tuple[int, int, int, int]:
+    """Trials of the tasks that both have: done by both, by the first only, by the second only, by neither."""
+    both = [a + b for task in TASKS if task in first and task in second
+            for a, b in zip(first[task], second[task], strict=True)]  # fmt: skip
+    return both.count("11"), both.count("10"), both.count("01"), both.count("00")
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Two-sided exact McNemar test: how likely so uneven a split of b + c trials is, were both policies alike."""
+    n = b + c
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
+
+
+def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, float, float]:
+    """Difference of two paired proportions (a + b) / n - (a + c) / n and its interval (Newcombe 1998, method 10)."""
+    n = a + b + c + d
+    if n == 0:
+        return 0.0, -1.0, 1.0
+    p, q, delta = (a + b) / n, (a + c) / n, (b - c) / n
+    (l1, u1), (l2, u2) = wilson(a + b, n, z), wilson(a + c, n, z)
+    product, excess = (a + b) * (c + d) * (a + c) * (b + d), a * d - b * c
+    if excess > 0:
+        excess = max(0.0, excess - n / 2)  # continuity correction
+    phi = excess / math.sqrt(product) if product else 0.0
+    half = lambda x, y: math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+    return delta, delta - half(p - l1, u2 - q), delta + half(u1 - p, q - l2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """The records in a folder by unit, and the files that are none: damaged, or somebody else's."""
+    records, strange = {}, []
+    for path in sorted(folder.glob("*.json")):
+        record = reproduce.load(path)
+        if record and record["finished"] and all(map(whole, record.get("cells", []))):
+            records[path.stem] = record
+        else:
+            strange.append(str(path))
+    return records, strange
+
+
+def whole(cell: Any) -> bool:
+    """Whether a cell has what it must have, and its trials add up."""
+    kinds = {"experiment": str, "method": str, "task": str, "demonstrations": int, "seed": int, "successes": int,
+             "trials": int, "outcomes": str}  # fmt: skip
+    if not isinstance(cell, dict) or not all(isinstance(cell.get(k), kind) for k, kind in kinds.items()):
+        return False
+    outcomes = cell["outcomes"]
+    return (outcomes.count("1"), outcomes.count("0")) == (cell["successes"], cell["trials"] - cell["successes"])
+
+
+def check(records: dict[str, dict]) -> None:
+    """Raises InputError where records are of different configurations."""
+    wrong, stages = [], {}
+    for name, record in records.items():
+        for need, mark in record["needs"].items():
+            if need in records and records[need]["fingerprint"] != mark:
+                wrong.append(f"{name}.json was made with another {need} than {need}.json")
+        stages.setdefault(record["stage"], []).append(name)
+    for names in stages.values():
+        first = records[names[0]]
+        for name in names[1:]:
+            one, other = first["args"], records[name]["args"]
+            free = {*first["own"], *records[name]["own"]}
+            for key in (one.keys() & other.keys()) - free:
+                if one[key] != other[key]:
+                    wrong.append(f"{names[0]}.json has {key} {one[key]!r}, {name}.json {other[key]!r}")
+    if wrong:
+        raise InputError("results of different configurations: " + "; ".join(wrong) + ": `make reproduce` makes anew "
+                         "what is not of today's, or move the files of one configuration away")  # fmt: skip
+
+
+def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
+    found: dict[Key, Outcomes] = {}
+    for record in records.values():
+        for c in record.get("cells", []):
+            found.setdefault((c["method"], c["demonstrations"], c["seed"]), {})[c["task"]] = c["outcomes"]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> str:
+    """Markdown; the first `left` columns to the left, the others to the right."""
+    line = lambda row: "| " + " | ".join(row) + " |"
+    return "\n".join([line(head), "|" + "---|" * left + "---:|" * (len(head) - left), *map(line, rows)])
+
+
+def rate(outcomes: Outcomes, paper: float | None = None) -> list[str]:
+    """Mean success and its interval, in percent, and how many trials that is; "(paper's)" behind the mean."""
+    trials = "".join(outcomes.values())
+    if not trials:
+        return [MISSING, ""]
+    low, high = wilson(trials.count("1"), len(trials))
+    few = "" if len(outcomes) == len(TASKS) else f", {len(outcomes)} of {len(TASKS)} tasks"
+    mean = f"**{trials.count('1') / len(trials):.0%}**".replace("%", " %")
+    return [mean + (f" ({paper:.0f})" if paper is not None else ""),
+            f"{100 * low:.0f} to {100 * high:.0f} %, n = {len(trials)}{few}"]  # fmt: skip
+
+
+def row(cells: dict[Key, Outcomes], key: Key, paper: Sequence[float] = ()) -> list[str]:
+    """k/n of each task, the paper's percentage in brackets; then `rate`."""
+    outcomes = cells.get(key, {})
+    texts = []
+    for i, task in enumerate(TASKS):
+        text = f"{outcomes[task].count('1')}/{len(outcomes[task])}" if task in outcomes else MISSING
+        texts.append(text + (f" ({paper[i]})" if paper else ""))
+    return texts + rate(outcomes, sum(paper) / len(TASKS) if paper else None)
+
+
+def difference(cells: dict[Key, Outcomes], first: Key, second: Key) -> list[str]:
+    """Points between two policies, interval, p, and the pairs behind it; dashes where nothing can be compared."""
+    a, b, c, d = pairs(cells.get(first, {}), cells.get(second, {}))
+    if not a + b + c + d:
+        return [MISSING] * 5
+    delta, low, high = (f"{100 * x:+.0f}" for x in newcombe(a, b, c, d))
+    p = mcnemar(b, c)
+    return [delta, f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001", f"{a}, {b}, {c}, {d}",
+            str(a + b + c + d)]  # fmt: skip
+
+
+def tables(records: dict[str, dict]) -> dict[str, str]:
+    """All tables by name, in Markdown."""
+    check(records)
+    cells = gather(records)
+    numbers = sorted({k[1] for k in cells}) or [10, 50, 100]
+    few = numbers[0]
+    tasks = [*TASKS, "mean", "95 % interval"]
+    four, five, controls, paired = [], [], [], []
+    for n in numbers:
+        for method in ("none", "latbot"):
+            four.append([str(n), NAMES[method], *row(cells, (method, n, 0), PAPER4.get((n, method), ()))])
+    for method, score in PAPER5.items():
+        uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
+        five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
+    for method in ("none", "shuffled", "bc", "latbot"):
+        for seed in sorted({k[2] for k in cells if k[0] == method and k[1] == few}) or [0]:
+            controls.append([NAMES[method], str(seed), *row(cells, (method, few, seed))])
+    for first, second in COMPARED:
+        for n in numbers:
+            seeds = {k[2] for k in cells if k[:2] == (first, n)} & {k[2] for k in cells if k[:2] == (second, n)}
+            for seed in sorted(seeds) or ([0] if n == few else []):
+                what = f"{NAMES[first]} against {NAMES[second]}"
+                paired.append([what, str(n), str(seed), *difference(cells, (first, n, seed), (second, n, seed))])
+    return {
+        "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
+        "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
+        "controls": table([f"{few} demonstrations", "seed", *tasks], controls),
+        "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p (McNemar)",
+                         "both, first, second, neither", "trials"], paired, 1),
+        "hours": table(["unit", "stage", "hours", "on", "commit"], time_spent(records)),
+    }  # fmt: skip
+
+
+def time_spent(records: dict[str, dict]) -> list[list[str]]:
+    rows = [[name, r["stage"], f"{r['seconds'] / 3600:.2f}", r.get("hardware", ""), r.get("commit", "")]
+            for name, r in records.items()]  # fmt: skip
+    return [*rows, ["all", "", f"{sum(r['seconds'] for r in records.values()) / 3600:.1f}", "", ""]]
+
+
+def fill(page: Path, made: dict[str, str]) -> list[str]:
+    """Puts tables between their lines in a page. Returns the names of those that it has. Raises InputError for a line
+    that opens a table and is not closed, or that names none."""
+    text = page.read_text()
+    names = re.findall(r"<!-- results:(\w+) -->", text)
+    for name in names:
+        inside = re.compile(rf"(<!-- results:{name} -->\n).*?(<!-- /results:{name} -->)", re.DOTALL)
+        if name not in made or not inside.search(text):
+            raise InputError(f"{page}: <!-- results:{name} --> is not closed by <!-- /results:{name} -->, or is none "
+                             f"of {', '.join(made)}")  # fmt: skip
+        text = inside.sub(lambda m, table=made[name]: f"{m[1]}{table}\n{m[2]}", text)
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(text)
+    partial.replace(page)
+    return names
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def draw(records: dict[str, dict], folder: Path) -> list[Path]:
+    """Success against demonstrations, and the stages' validation curves. Returns the PNGs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    check(records)
+    cells, made = gather(records), []
+    numbers = sorted({k[1] for k in cells})
+    fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
+    for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
+        for method, colour in (("none", "tab:gray"), ("latbot", "tab:blue")):
+            points = []
+            for n in numbers:
+                outcomes = cells.get((method, n, 0), {})
+                text = "".join(outcomes.values()) if i == 0 else outcomes.get(task, "")
+                if text and (i or len(outcomes) == len(TASKS)):
+                    points.append((n, text.count("1") / len(text), *wilson(text.count("1"), len(text))))
+            if points:
+                x, y, low, high = zip(*points, strict=True)
+                bars = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+                ax.errorbar(x, y, bars, marker="o", capsize=4, color=colour, label=NAMES[method])
+            scores = {n: PAPER4[n, method] for n in numbers if (n, method) in PAPER4}
+            if scores:
+                at = [s[i - 1] if i else sum(s) / len(s) for s in scores.values()]
+                ax.plot(list(scores), [s / 100 for s in at], ":", marker="x", color=colour,
+                        label=f"paper: {'pi0.5' if method == 'none' else 'LatBot'}")  # fmt: skip
+        ax.set(title=task, ylim=(-0.03, 1.03), xlabel="demonstrations of each task" if i > 2 else "",
+               ylabel="success rate" if i % 3 == 0 else "")  # fmt: skip
+    axes.flat[0].legend(fontsize=8)
+    made.append(save(fig, folder / "demonstrations.png"))
+
+    curves = {n: r for n, r in records.items() if r.get("curve")}
+    shown: dict[tuple[str, str], list[str]] = {}
+    for name, record in curves.items():
+        for key in record["curve"]:
+            if key != "step" and not key.endswith(("_mean", "_shuffled")):
+                shown.setdefault((record["stage"], key), []).append(name)
+    if shown:
+        rows = math.ceil(len(shown) / 3)
+        fig, axes = plt.subplots(rows, 3, figsize=(13, 3 * rows), squeeze=False, layout="constrained")
+        for ax, ((stage, key), names) in zip(axes.flat, shown.items(), strict=False):
+            for name in names:
+                ax.plot(curves[name]["curve"]["step"], curves[name]["curve"][key], label=name)
+            ax.set(title=f"{stage}: {key}", xlabel="step")
+            ax.legend(fontsize=6)
+        for ax in axes.flat[len(shown) :]:
+            ax.axis("off")
+        made.append(save(fig, folder / "curves.png"))
+    return made
+
+
+def save(fig: Any, path: Path) -> Path:
+    partial = path.with_name("partial." + path.name)
+    fig.savefig(partial, dpi=90)
+    partial.replace(path)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Args:
+    preset: Literal["small", "tiny"] = "small"
+    """Whose results."""
+    pages: tuple[str, ...] = ("README.md", "results/REPORT.md")
+    """Where tables go; pages that are absent, or have no place for tables, stay as they are."""
+
+
+def main() -> None:
+    args = common.parse_args(Args, {"tiny": Args("tiny"), "small": Args("small")}, __doc__)
+    folder = Path("results") / args.preset
+    records, strange = load(folder)
+    for path in strange:
+        print(f"{path} is left out: damaged, or no result of `python reproduce.py`")
+    if not records:
+        raise InputError(f"no results in {folder}: run `python reproduce.py --{args.preset}` first")
+    made = tables(records)
+    print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
+    for page in map(Path, args.pages):
+        if page.exists() and (names := fill(page, made)):
+            print(f"\nwrote {', '.join(names)} into {page}")
+    print("\nwrote " + ", ".join(map(str, draw(records, folder))))
+
+
+if __name__ == "__main__":
+    common.run_main(main, resumes=False)

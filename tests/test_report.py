@@ -1,0 +1,126 @@
+"""The tables of the evidence, from made-up results."""
+
+import json
+
+import pytest
+
+import common
+import report
+from common import InputError
+from reproduce import TASKS, fingerprint
+
+STAGE_ARGS = {"finetune": {"steps": 100, "episodes": 0}, "lam": {"steps": 50, "uad": True}, "evaluate": {"seed": 1000}}
+
+
+def write(folder, name, stage, needs=(), own=(), cells=None, **args):
+    """A unit's result as reproduce.py writes it."""
+    args = STAGE_ARGS[stage] | args
+    marks = {n: json.loads((folder / f"{n}.json").read_text())["fingerprint"] for n in needs}
+    record = {"unit": name, "stage": stage, "args": args, "own": list(own), "needs": marks, "seconds": 3600.0,
+              "fingerprint": fingerprint(args, marks), "finished": True, "commit": "abc", "hardware": "a CPU"}
+    if stage == "lam":
+        record["curve"] = {"step": [0, 25, 50], "val_frame": [3.0, 2.0, 1.0], "val_action": [2.0, 1.0, 0.5]}
+    folder.mkdir(exist_ok=True)
+    common.write_json(folder / f"{name}.json", record | ({"cells": cells} if cells else {}))
+
+
+def cells(method, n, outcomes, seed=0, tasks=TASKS):
+    """The same outcomes in each task."""
+    return [{"experiment": "a", "method": method, "task": t, "demonstrations": n, "seed": seed, "trials": len(outcomes),
+             "successes": outcomes.count("1"), "outcomes": outcomes} for t in tasks]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "small"
+    write(made, "lam_latbot", "lam")
+    write(made, "policy_latbot_10", "finetune", ["lam_latbot"], ["episodes"], episodes=50)
+    write(made, "policy_none_10", "finetune", own=["episodes"], episodes=50)
+    write(made, "trials_latbot_10", "evaluate", ["policy_latbot_10"], cells=cells("latbot", 10, "1111011110"))
+    write(made, "trials_none_10", "evaluate", ["policy_none_10"], cells=cells("none", 10, "0100010000"))
+    return made
+
+
+def test_paired_statistics():
+    """By hand; the interval is the worked example of Newcombe's paper (36, 12, 2, 0: 0.0569 to 0.3404)."""
+    first, second = dict.fromkeys(TASKS[:2], "1100"), dict.fromkeys(TASKS[:1], "1010") | {TASKS[4]: "1111"}
+    assert report.pairs(first, second) == (1, 1, 1, 1)
+    assert report.mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert report.mcnemar(0, 0) == report.mcnemar(3, 3) == 1 and report.mcnemar(2, 8) == report.mcnemar(8, 2)
+    assert report.newcombe(36, 12, 2, 0) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+    delta, low, high = report.newcombe(36, 2, 12, 0)
+    assert (delta, low, high) == pytest.approx((-0.2, -0.3404, -0.0569), abs=5e-5)
+    assert report.newcombe(0, 10, 0, 0)[0] == 1 and -0.1 < report.newcombe(0, 0, 0, 40)[1] < 0
+    # Proportions that agree in most pairs are known to differ more precisely than as many that do not.
+    width = lambda *n: report.newcombe(*n)[2] - report.newcombe(*n)[1]
+    assert width(40, 10, 0, 50) < width(20, 30, 20, 30)
+
+
+def test_tables(folder):
+    records, strange = report.load(folder)
+    made = report.tables(records)
+    assert not strange and set(made) == {"table4", "table5", "controls", "paired", "hours"}
+    none, latbot = made["table4"].splitlines()[2:4]
+    assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
+    low, high = (100 * x for x in common.wilson(40, 50))
+    assert f"**80 %** (48) | {low:.0f} to {high:.0f} %, n = 50 |" in latbot
+    paired = made["paired"].splitlines()[2]
+    delta, low, high = (f"{100 * x:+.0f}" for x in report.newcombe(10, 30, 0, 10))
+    numbers = f"{delta} | {low} to {high} | < 0.001 | 10, 30, 0, 10 | 50"
+    assert paired == f"| LatBot against no distillation | 10 | 0 | {numbers} |"
+    assert "| 5.0 |" in made["hours"].splitlines()[-1]
+    five = made["table5"].splitlines()
+    assert "–" in five[2] and five[2].endswith("| 51.0 % |") and "| LatBot | ✓ | ✓ | 8/10" in five[5]
+
+
+def test_what_is_missing_is_shown_as_such(folder):
+    (folder / "trials_none_10.json").unlink()
+    write(folder, "trials_dla_10", "evaluate", cells=cells("dla", 10, "1100000000", tasks=TASKS[:3]))
+    made = report.tables(report.load(folder)[0])
+    assert made["table4"].splitlines()[2].count("–") == 6
+    assert "n = 30, 3 of 5 tasks" in made["table5"]
+    assert "| LatBot against no distillation | 10 | 0 | – |" in made["paired"]
+    assert report.draw(report.load(folder)[0], folder)[0].stat().st_size > 5000
+
+
+def test_configurations_are_not_mixed(folder):
+    """Neither another setting in a stage, nor a unit that was made anew under those that were made from it."""
+    write(folder, "policy_none_50", "finetune", own=["episodes"], episodes=250)
+    report.tables(report.load(folder)[0])  # what a unit sets itself may differ
+    write(folder, "policy_none_100", "finetune", own=["episodes"], episodes=500, steps=200)
+    with pytest.raises(InputError, match=r"policy_latbot_10.json has steps 100, policy_none_100.json 200"):
+        report.tables(report.load(folder)[0])
+    (folder / "policy_none_100.json").unlink()
+    write(folder, "lam_latbot", "lam", steps=60)
+    with pytest.raises(InputError, match="policy_latbot_10.json was made with another lam_latbot"):
+        report.draw(report.load(folder)[0], folder)
+
+
+def test_foreign_and_damaged_files_are_left_out(folder):
+    (folder / "notes.json").write_text("{}")
+    path = folder / "trials_none_10.json"
+    path.write_text(path.read_text().replace('"successes": 2', '"successes": 7'))
+    records, strange = report.load(folder)
+    assert [p.split("/")[-1] for p in strange] == ["notes.json", "trials_none_10.json"] and "lam_latbot" in records
+
+
+def test_pages(folder, tmp_path):
+    made = report.tables(report.load(folder)[0])
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- results:table4 -->\nold \\1\n<!-- /results:table4 -->\nb\n")
+    for _ in range(2):
+        assert report.fill(page, made) == ["table4"]
+        start, end = "a\n<!-- results:table4 -->\n| demonstrations |", "|\n<!-- /results:table4 -->\nb\n"
+        assert page.read_text().startswith(start) and page.read_text().endswith(end) and "old" not in page.read_text()
+    page.write_text("no place here\n")
+    assert report.fill(page, made) == [] and page.read_text() == "no place here\n"
+    for text in ("<!-- results:table4 -->\nnot closed", "<!-- results:table9 -->\n<!-- /results:table9 -->"):
+        page.write_text(text)
+        with pytest.raises(InputError, match="results:table"):
+            report.fill(page, made)
+        assert page.read_text() == text
+
+
+def test_figures(folder):
+    drawn = report.draw(report.load(folder)[0], folder)
+    assert [p.name for p in drawn] == ["demonstrations.png", "curves.png"] and all(p.exists() for p in drawn)

@@ -1,0 +1,361 @@
+"""The queue of the evidence, with trivially small programs in place of the stages; the tables, with made-up results."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import common
+import reproduce
+from common import InputError
+from reproduce import Queue, Unit
+
+# Counts to --steps in a file, one a wait, and goes on where it was.
+STAGE = """
+import dataclasses, sys, time, pathlib
+
+@dataclasses.dataclass
+class Args:
+    steps: int = 9
+    wait: float = 0.0
+    out: str = "runs/x"
+    init: str = ""
+
+SMALL = Args(steps=3)
+
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True, exist_ok=True)
+steps = int(flags.get("--steps", 3))
+done = len((out / "steps").read_text()) if (out / "steps").exists() else 0
+for i in range(done, steps):
+    time.sleep(float(flags.get("--wait", 0)))
+    with (out / "steps").open("a") as file:
+        file.write(".")
+    if flags.get("--fail"):
+        sys.exit("no luck today")
+with (out / "starts").open("a") as file:
+    file.write("x")
+"""
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Queues over one folder: make(name="flags with {needs}", ...)."""
+    (tmp_path / "stage.py").write_text(STAGE)
+    for folder in ("work", "results"):
+        (tmp_path / folder).mkdir()
+    reproduce.defaults.cache_clear()
+
+    def queue(shared: str = "", **units: str) -> Queue:
+        made = {n: Unit(n, "stage", f"{tmp_path}/stage.py {shared}".strip(), own) for n, own in units.items()}
+        return Queue(made, tmp_path / "work", tmp_path / "results")
+
+    return queue
+
+
+def run(queue: Queue, jobs: int = 1) -> set[str]:
+    return reproduce.work(queue, jobs, wait=0.02)
+
+
+def starts(queue: Queue) -> dict[str, int]:
+    return {n: len(f.read_text()) for n in queue.units if (f := queue.work / n / "starts").exists()}
+
+
+def results(queue: Queue) -> dict[str, dict]:
+    return {p.stem: json.loads(p.read_text()) for p in sorted(queue.results.glob("*.json"))}
+
+
+# ---- The table ----
+
+
+@pytest.mark.parametrize("preset", ["small", "tiny"])
+def test_the_plan(preset):
+    """The headline comes first, everything after what it needs, and each method differs as it should."""
+    units = reproduce.plan(preset)
+    names = list(units)
+    for i, (name, unit) in enumerate(units.items()):
+        assert all(names.index(n) < i for n in unit.needs), name
+    few = min(reproduce.PRESETS[preset].demonstrations.values())
+    trials = [n for n in names if units[n].cell]
+    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 13
+    needed = {n: set(reproduce.closure(units, [n])) for n in trials}
+    assert not any(n.startswith(("lam", "student")) for n in needed[f"trials_none_{few}"])
+    assert {"lam_uad", "student_uad", f"policy_uad_{few}"} < needed[f"trials_uad_{few}"]
+    assert {"lam_latbot_s1", "student_latbot_s1"} < needed[f"trials_latbot_{few}_s1"]
+    assert "lam_latbot" in needed[f"trials_shuffled_{few}"] and "lam_latbot" not in needed[f"trials_bc_{few}"]
+    counts = {n: 0 for n in "abc"}
+    for name in trials:
+        for experiment in units[name].cell["experiment"]:
+            counts[experiment] += 1
+    assert counts == {"a": 6, "b": 5, "c": 6}
+
+
+def test_arguments_are_read_from_the_stages_source():
+    """As the stages themselves parse them."""
+    import finetune
+
+    queue = Queue(reproduce.plan("small"), Path("w"), Path("r"))
+    args = queue.args(queue.units["policy_latbot_50"])
+    words = reproduce.shlex.split(queue.command(queue.units["policy_latbot_50"]))[1:]
+    real = common.parse_args(finetune.Args, {"tiny": finetune.TINY, "small": finetune.SMALL}, "", words)
+    real = json.loads(json.dumps(vars(real)))
+    assert args["episodes"] == 250 and args["init"] == "w/student_latbot"
+    assert {k: real[k] for k in args if k != "data"} == {k: v for k, v in args.items() if k != "data"}
+    assert set(real) - set(args) == reproduce.FREE
+    assert reproduce.parse("-m data.play --no-uad --x 1e-3 a --seed 2")[1] == {"uad": False, "x": "0.001 a", "seed": 2}
+
+
+def test_the_recorder_takes_the_tasks_in_turns():
+    """So the first 5 n episodes are n of each task; and --evaluate's seed is nobody else's."""
+    import franka
+
+    assert tuple(franka.TASKS) == reproduce.TASKS
+    assert "--seed 1000" in reproduce.STAGES["evaluate"] and "--seed 1 " in reproduce.STAGES["record"] + " "
+
+
+# ---- The queue ----
+
+
+def test_units_run_in_order_and_only_once(make, capsys):
+    queue = make(a="--steps 2", b="--init {a}", c="--init {b}")
+    assert run(queue) == set() and run(queue) == set()
+    assert starts(queue) == {"a": 1, "b": 1, "c": 1}
+    found = results(queue)
+    assert found["a"]["args"]["steps"] == 2 and found["b"]["args"]["steps"] == 9
+    assert found["b"]["needs"] == {"a": found["a"]["fingerprint"]} and found["b"]["own"] == ["init"]
+    assert all(r["finished"] and r["seconds"] >= 0 and r["commit"] and r["hardware"] for r in found.values())
+    assert not list(queue.work.glob("*.claim*"))
+    assert "next:" not in reproduce.listing(queue) and "finished in" in reproduce.listing(queue)
+
+
+def test_two_at_once(make):
+    """Two units that wait for each other's time run side by side, a third that needs both after them."""
+    queue = make(a="--steps 4 --wait 0.15", b="--steps 4 --wait 0.15", c="--init {a} --steps {b}")
+    queue.units["c"] = Unit("c", "stage", queue.units["c"].shared, "--init {a} --wait 0 --steps 1")
+    began = time.monotonic()
+    assert run(queue, 2) == set()
+    assert time.monotonic() - began < sum(r["seconds"] for r in results(queue).values())
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(make, capsys):
+    queue = make(a="--fail yes", b="--init {a}", c="--steps 1")
+    assert run(queue) == {"a"}
+    out = capsys.readouterr().out
+    assert "no luck today" in out and "not tried, because they need those: b" in out
+    assert list(results(queue)) == ["c"] and not list(queue.work.glob("*.claim*"))
+    assert run(queue) == {"a"}  # tried again
+
+
+def start(queue: Queue) -> multiprocessing.Process:
+    """The queue in a process of its own: forked, since importing torch again would take longer than all the rest."""
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(len(reproduce.work(queue, 1, 0.05))))
+    process.start()
+    return process
+
+
+def wait_for(what, seconds: float = 120.0):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_a_kill_in_the_middle(make, monkeypatch):
+    """The stage dies with the queue; the next one goes on where it was, at once, and adds up the time."""
+    monkeypatch.setattr(reproduce, "HEARTBEAT", 0.1)
+    queue = make(a="--steps 40 --wait 0.1", b="--init {a} --steps 1")
+    steps = queue.work / "a/steps"
+    process = start(queue)
+    wait_for(lambda: steps.exists() and len(steps.read_text()) > 8)
+    process.kill()
+    process.join()
+    time.sleep(0.3)
+    before, spent = len(steps.read_text()), reproduce.load(queue.work / "a.json")["seconds"]
+    time.sleep(0.4)
+    assert len(steps.read_text()) == before < 40 and spent > 0.5  # nobody writes any more
+    assert "interrupted" in reproduce.listing(queue)
+    assert run(queue) == set()
+    assert len(steps.read_text()) == 40 and starts(queue) == {"a": 1, "b": 1}
+    assert results(queue)["a"]["seconds"] > spent + 0.1 * (40 - before) - 0.1
+    assert not (queue.work / "old").exists()
+
+
+def test_two_processes_share_the_work(make):
+    units = {n: "--steps 3 --wait 0.1" for n in "abcdef"} | {"g": "--init {a} --steps 1"}
+    queue = make(**units)
+    processes = [start(queue) for _ in range(2)]
+    for process in processes:
+        process.join(120)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert starts(queue) == dict.fromkeys(units, 1) and set(results(queue)) == set(units)
+
+
+def test_claims(make, monkeypatch):
+    """A live claim is respected, a silent or dead one is taken over, and the loser of the unit notices."""
+    queue = make(a="--steps 1")
+    mine = queue.claim("a")
+    assert mine and queue.claim("a") is None and str(os.getpid()) in queue.holder("a")
+    mine.write_text(f"{reproduce.machine()} 999999999")  # a dead process of this machine
+    second = queue.claim("a")
+    assert second.name == "a.claim.2" and not mine.exists()
+    second.write_text("elsewhere 1")
+    assert queue.claim("a") is None  # just seen
+    monkeypatch.setattr(reproduce, "STALE", 0.2)
+    time.sleep(0.3)
+    os.utime(second)
+    assert queue.claim("a") is None  # renewed
+    time.sleep(0.3)
+    third = queue.claim("a")
+    assert third.name == "a.claim.3"
+    monkeypatch.setattr(reproduce, "HEARTBEAT", 0.0)
+    job = reproduce.Job(queue, queue.units["a"], third, [0])
+    (queue.work / "a.claim.4").write_text("elsewhere 1")
+    assert "taken it over" in job.poll()
+    job.stop()
+
+
+def test_changed_arguments(make, capsys):
+    """What is of other arguments is set aside and made anew, with all that needs it; the rest is kept."""
+    assert not run(make(a="--steps 2", b="--init {a}", c="--steps 1"))
+    queue = make(a="--steps 4", b="--init {a}", c="--steps 1")
+    status = queue.survey()
+    assert "steps 2, now 4" in status["a"].why and "another a" in status["b"].why and status["c"].done
+    assert not run(queue)
+    assert starts(queue) == {"a": 1, "b": 1, "c": 1} and len((queue.work / "a/steps").read_text()) == 4
+    assert len(list((queue.work / "old").rglob("results/*.json"))) == 2  # nothing is lost
+    assert "what was there is in" in capsys.readouterr().out
+
+
+def test_a_changed_preset_and_a_new_argument(make):
+    """A preset's other value makes anew; an argument that the stage did not have, at its default, does not."""
+    queue = make("--small", a="")
+    assert not run(queue) and results(queue)["a"]["args"]["steps"] == 3
+    script = queue.work.parent / "stage.py"
+    script.write_text(STAGE.replace("    init:", "    fresh: bool = False\n    init:"))
+    reproduce.defaults.cache_clear()
+    assert queue.survey()["a"].done and "fresh" in queue.args(queue.units["a"])
+    script.write_text(STAGE.replace("steps=3", "steps=2"))
+    reproduce.defaults.cache_clear()
+    assert "steps 3, now 2" in queue.survey()["a"].why
+
+
+def test_half_finished_work_of_other_arguments_is_not_resumed(make):
+    queue = make(a="--steps 3")
+    (queue.work / "a").mkdir()
+    (queue.work / "a/steps").write_text("..........")  # nobody knows whose
+    assert not run(queue) and (queue.work / "a/steps").read_text() == "..."
+    assert len(list((queue.work / "old").rglob("steps"))) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unit": "b"}', "null"])
+def test_damaged_and_foreign_results(make, text):
+    """They are named; what was finished is written out again without work; where nothing is left, made anew."""
+    queue = make(a="--steps 1")
+    (queue.results / "a.json").write_text(text)
+    assert "damaged" in queue.survey()["a"].why
+    assert not run(queue) and results(queue)["a"]["finished"]
+    (queue.results / "a.json").write_text(text)
+    assert not run(queue) and results(queue)["a"]["finished"] and starts(queue) == {"a": 1}
+
+
+def test_results_without_the_work(make):
+    """On a fresh clone nothing is made again, but for what an unfinished unit needs; its result stays as it is."""
+    queue = make(a="--steps 1", b="--init {a} --steps 1")
+    assert not run(queue)
+    kept = (queue.results / "a.json").read_text()
+    shutil.rmtree(queue.work)
+    queue.work.mkdir()
+    assert not any(s.wanted for s in queue.survey().values())
+    (queue.results / "b.json").unlink()
+    assert "b needs" in queue.survey()["a"].why
+    assert not run(queue) and starts(queue) == {"a": 1, "b": 1}
+    assert (queue.results / "a.json").read_text() == kept
+
+
+def test_a_full_disk(make, monkeypatch):
+    queue = make(a="--steps 1")
+    monkeypatch.setattr(reproduce, "ROOM", 1e30)
+    with pytest.raises(InputError, match="make room"):
+        run(queue)
+    monkeypatch.undo()
+    whole = common.write_json
+
+    def full(path, value):
+        if path.parent == queue.results:
+            raise OSError(28, "No space left on device", str(path))
+        whole(path, value)
+
+    monkeypatch.setattr(common, "write_json", full)
+    with pytest.raises(OSError, match="No space"):
+        run(queue)
+    monkeypatch.undo()
+    assert not run(queue) and starts(queue) == {"a": 1}  # the work was kept
+
+
+def test_main(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--tiny", "--only", "trails*"])
+    with pytest.raises(InputError, match="fits none of"):
+        reproduce.main()
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--tiny", "--only", "trials_none_1", "--list"])
+    reproduce.main()
+    out = capsys.readouterr().out
+    assert "policy_none_1" in out and "lam_latbot" not in out and "\nleft: about" in out
+
+
+# ---- What is read from the stages ----
+
+
+def write_trials(folder: Path, outcomes: dict[str, str], seed: int = 1000) -> None:
+    for task, text in outcomes.items():
+        (folder / task).mkdir(parents=True)
+        rows = [{"trial": i, "seed": seed, "success": c == "1", "reason": "" if c == "1" else "missed"}
+                for i, c in enumerate(text)]  # fmt: skip
+        (folder / task / "results.json").write_text(json.dumps(rows))
+
+
+def test_cells(tmp_path):
+    unit = reproduce.plan("tiny")["trials_uad_1"]
+    write_trials(tmp_path, dict.fromkeys(reproduce.TASKS, "10"))
+    cells = reproduce.trials(unit, tmp_path)["cells"]
+    assert [c["task"] for c in cells] == list(reproduce.TASKS)
+    assert cells[0] | {"task": ""} == {
+        "experiment": "b", "method": "uad", "task": "", "demonstrations": 1, "seed": 0, "successes": 1, "trials": 2,
+        "outcomes": "10", "failures": {"missed": 1},
+    }  # fmt: skip
+    (tmp_path / "pick_cup/results.json").write_text(json.dumps([{"trial": 0, "seed": 1000, "success": True}]))
+    with pytest.raises(InputError, match="does not hold the trials"):
+        reproduce.trials(unit, tmp_path)
+
+
+def test_curve(tmp_path):
+    rows = [{"step": i, "loss": 1.0} if i % 2 else {"step": i, "val_x": 1 / 3 + i} for i in range(200)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 2')
+    curve = reproduce.curve(tmp_path, 5)["curve"]
+    assert curve["step"] == [0, 48, 98, 148, 198] and curve["val_x"][0] == 0.3333
+    assert reproduce.curve(tmp_path / "none") == {}
+
+
+# ---- The real stages, in miniature ----
+
+
+@pytest.mark.slow
+def test_a_few_real_units(tmp_path, monkeypatch):
+    units = reproduce.plan("tiny")
+    queue = Queue(reproduce.closure(units, ["play", "demos"]), tmp_path / "work", tmp_path / "results")
+    queue.work.mkdir()
+    assert not run(queue, 2)
+    for name in ("policy_none_1", "trials_none_1"):
+        own = units[name].own.replace("{start_paligemma}/hf", "paligemma-tiny")
+        queue.units[name] = Unit(name, units[name].stage, units[name].shared, own, units[name].cell)
+    assert not run(queue)
+    found = results(queue)
+    assert found["policy_none_1"]["curve"]["step"] == [0, 2, 4] and len(found["trials_none_1"]["cells"]) == 5
+    assert found["policy_none_1"]["args"]["episodes"] == 5
+    assert textwrap.shorten(found["trials_none_1"]["command"], 30).startswith("python franka.py --tiny")
