@@ -3,9 +3,9 @@
     python report.py --small      # `make results`: into README.md and results/REPORT.md, and results/small/*.png
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
-that have such lines (NAME: table4, table5, controls, paired, hours), and two figures. What has not been measured yet is
-shown as missing. Results of different configurations are refused: files whose stages had different arguments beside
-those in which units are meant to differ, or that were made from another unit than the one whose record is there.
+that have such lines (NAME: table4, table5, controls, paired, hours, units), and two figures. What has not been measured
+yet is shown as missing. Results of different configurations are refused: files whose stages had different arguments
+beside those in which units are meant to differ, or that were made from another unit than the one that is there.
 
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
@@ -208,14 +208,26 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
         "controls": table([f"{few} demonstrations", "seed", *tasks], controls),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p (McNemar)",
                          "both, first, second, neither", "trials"], paired, 1),
-        "hours": table(["unit", "stage", "hours", "on", "commit"], time_spent(records)),
+        "hours": table(["stage", "units", "hours each", "hours"], by_stage(records), 1),
+        "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
     }  # fmt: skip
 
 
-def time_spent(records: dict[str, dict]) -> list[list[str]]:
-    rows = [[name, r["stage"], f"{r['seconds'] / 3600:.2f}", r.get("hardware", ""), r.get("commit", "")]
-            for name, r in records.items()]  # fmt: skip
-    return [*rows, ["all", "", f"{sum(r['seconds'] for r in records.values()) / 3600:.1f}", "", ""]]
+def by_stage(records: dict[str, dict]) -> list[list[str]]:
+    """What the stages took: each unit, and all together."""
+    hours: dict[str, list[float]] = {"all": []}
+    for record in records.values():
+        for stage in (record["stage"], "all"):
+            hours.setdefault(stage, []).append(record["seconds"] / 3600)
+    hours["all"] = hours.pop("all")  # the last row
+    span = lambda h: f"{min(h):.2f}" + (f" to {max(h):.2f}" if f"{min(h):.2f}" != f"{max(h):.2f}" else "")
+    return [[stage, str(len(h)), span(h) if stage != "all" else "", f"{sum(h):.1f}"] for stage, h in hours.items()]
+
+
+def by_unit(records: dict[str, dict]) -> list[list[str]]:
+    """What each unit took, where, and the command that makes it again."""
+    return [[name, f"{r['seconds'] / 3600:.2f}", *(str(r.get(k, MISSING)) for k in ("hardware", "commit")),
+             f"`{r.get('command', MISSING)}`"] for name, r in records.items()]  # fmt: skip
 
 
 def fill(page: Path, made: dict[str, str]) -> list[str]:

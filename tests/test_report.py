@@ -59,7 +59,7 @@ def test_paired_statistics():
 def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
-    assert not strange and set(made) == {"table4", "table5", "controls", "paired", "hours"}
+    assert not strange and set(made) == {"table4", "table5", "controls", "paired", "hours", "units"}
     none, latbot = made["table4"].splitlines()[2:4]
     assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
     low, high = (100 * x for x in common.wilson(40, 50))
@@ -68,7 +68,10 @@ def test_tables(folder):
     delta, low, high = (f"{100 * x:+.0f}" for x in report.newcombe(10, 30, 0, 10))
     numbers = f"{delta} | {low} to {high} | < 0.001 | 10, 30, 0, 10 | 50"
     assert paired == f"| LatBot against no distillation | 10 | 0 | {numbers} |"
-    assert "| 5.0 |" in made["hours"].splitlines()[-1]
+    assert made["hours"].splitlines()[2:] == [
+        "| lam | 1 | 1.00 | 1.0 |", "| finetune | 2 | 1.00 | 2.0 |", "| evaluate | 2 | 1.00 | 2.0 |",
+        "| all | 5 |  | 5.0 |",
+    ]  # fmt: skip
     five = made["table5"].splitlines()
     assert "–" in five[2] and five[2].endswith("| 51.0 % |") and "| LatBot | ✓ | ✓ | 8/10" in five[5]
 
