@@ -24,7 +24,7 @@ from typing import Any, Literal
 import common
 import reproduce
 from common import InputError, wilson
-from reproduce import TASKS
+from reproduce import STAGES, TASKS
 
 # Success in percent, in the order of TASKS, from the paper's Table 4; "none" is pi0.5.
 PAPER4 = {
@@ -93,7 +93,8 @@ def load(folder: Path) -> tuple[dict[str, dict], list[str]]:
             records[path.stem] = record
         else:
             strange.append(str(path))
-    return records, strange
+    place = lambda name: [*STAGES, records[name]["stage"]].index(records[name]["stage"])
+    return {name: records[name] for name in sorted(records, key=place)}, strange
 
 
 def whole(cell: Any) -> bool:
@@ -193,13 +194,16 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
         five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
+    seeds = sorted({0} | {k[2] for k in cells if k[1] == few})
     for method in ("none", "shuffled", "bc", "latbot"):
-        for seed in sorted({k[2] for k in cells if k[0] == method and k[1] == few}) or [0]:
+        for seed in seeds if method in ("none", "latbot") else [0]:
             controls.append([NAMES[method], str(seed), *row(cells, (method, few, seed))])
     for first, second in COMPARED:
         for n in numbers:
-            seeds = {k[2] for k in cells if k[:2] == (first, n)} & {k[2] for k in cells if k[:2] == (second, n)}
-            for seed in sorted(seeds) or ([0] if n == few else []):
+            for seed in seeds:
+                both = {(first, n, seed), (second, n, seed)} <= cells.keys()
+                if not both and (seed or n != few) and (first, second) != COMPARED[0]:
+                    continue  # not asked for
                 what = f"{NAMES[first]} against {NAMES[second]}"
                 paired.append([what, str(n), str(seed), *difference(cells, (first, n, seed), (second, n, seed))])
     return {

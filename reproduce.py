@@ -15,8 +15,7 @@ all that it needs; the arguments of a stage and its preset are read from its sou
 aside in runs/<preset>/reproduce/old and made anew. What was interrupted goes on from its last checkpoint.
 
 Where the paper is silent (all our choice):
- 1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each: the recorder takes
-    the tasks in turns, so these are the first 5 n episodes.
+ 1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each.
  2. Seeds of placements: 1 for demonstrations, 0 for looking and tuning, which is what `franka.py` does by itself, and
     1000 for the trials here, which nothing else uses. All methods meet the same.
  3. Every method starts from the same stand-in for pretrained models and is fine-tuned alike. Behaviour cloning on play
@@ -148,7 +147,7 @@ def plan(preset: str) -> dict[str, Unit]:
     for experiments, method, number, seed, init in POLICIES:
         n = size.demonstrations[number]
         name = f"{method}_{n}" + (f"_s{seed}" if seed else "")
-        table[f"policy_{name}"] = f"finetune --init {init} --episodes {n * len(TASKS)} --seed {seed}"
+        table[f"policy_{name}"] = f"finetune --init {init} --episodes {n} --seed {seed}"
         table[f"trials_{name}"] = f"evaluate --policy {{policy_{name}}}"
         cells[f"trials_{name}"] = {"experiment": experiments, "method": method, "demonstrations": n, "seed": seed}
     units, settings = {}, {"preset": preset, "record": max(size.demonstrations.values()), "trials": size.trials}
