@@ -39,6 +39,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -361,7 +362,7 @@ class Job:
             old = {
                 "unit": unit.name, "stage": unit.stage, "command": f"python {queue.command(unit)}", "args": args,
                 "own": sorted(set(parse(unit.own)[1]) & set(args)), "needs": needs, "inputs": inputs,
-                "fingerprint": fingerprint(args, needs), "begun": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+                "fingerprint": fingerprint(args, needs), "begun": datetime.now(UTC).isoformat(" ", "milliseconds"),
                 "commit": "", "hardware": "", "seconds": 0.0, "finished": False,
             }  # fmt: skip
         for key, now in (("commit", common.git_commit()), ("hardware", hardware(cores))):  # of all that worked on it

@@ -46,8 +46,9 @@ with (out / "starts").open("a") as file:
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, monkeypatch):
     """Queues over one folder: make(name="flags with {needs}", ...)."""
+    monkeypatch.setattr(common, "git_commit", lambda: "abc")  # takes longer than all the rest
     (tmp_path / "stage.py").write_text(STAGE)
     for folder in ("work", "results"):
         (tmp_path / folder).mkdir()
@@ -253,6 +254,15 @@ def test_half_finished_work_of_other_arguments_is_not_resumed(make):
     (queue.work / "a/steps").write_text("..........")  # nobody knows whose
     assert not run(queue) and (queue.work / "a/steps").read_text() == "..."
     assert len(list((queue.work / "old").rglob("steps"))) == 1
+
+
+def test_half_finished_work_on_an_input_that_was_made_anew_is_not_resumed(make):
+    queue = make(a="--steps 1", b="--init {a} --fail yes")
+    steps = queue.work / "b/steps"
+    for expected in (".", ".."):  # as an interrupted stage, it goes on where it was
+        assert run(queue) == {"b"} and steps.read_text() == expected
+    shutil.rmtree(queue.work / "a")
+    assert run(queue) == {"b"} and steps.read_text() == "."
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unit": "b"}', "null"])
