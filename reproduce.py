@@ -107,7 +107,7 @@ class Preset(NamedTuple):
     flags: dict[str, str]  # of a stage, beside those in STAGES
 
 
-_SHORT = "--steps 4 --save-every 2 --val-samples 8"
+_SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {"clone": "--steps 4000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
@@ -117,7 +117,7 @@ PRESETS = {
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "pretrain": 2, "lam": 0.8, "distill": 1.6, "clone": 1.95, "finetune": 1.95,
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.2, "lam": 0.8, "distill": 1.6, "clone": 1.95, "finetune": 1.95,
            "evaluate": 600}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
@@ -278,6 +278,8 @@ class Queue:
                 state, why = None, why or f"{own} was made with {other}"
             if state and state["finished"] and not result:
                 self.results.mkdir(parents=True, exist_ok=True)
+                if path.exists():
+                    tell(f"{why}: written anew from {own}")
                 common.write_json(path, state)
                 result = state
             kept, needs = result or state, {n: found[n].fingerprint for n in unit.needs}
@@ -472,7 +474,8 @@ def curve(folder: Path, points: int = 30) -> dict[str, Any]:
     rows = [r for r in common.read_metrics(folder) if any(k.startswith("val_") for k in r)]
     n = min(points, len(rows))
     rows = [rows[i * (len(rows) - 1) // max(1, n - 1)] for i in range(n)]
-    return {"curve": {k: [float(f"{r.get(k, 'nan'):.4g}") for r in rows] for k in rows[0]}} if rows else {}
+    short = lambda x: float(f"{x:.4g}") if isinstance(x, float) else x
+    return {"curve": {k: [short(r.get(k)) for r in rows] for k in rows[0]}} if rows else {}
 
 
 def hardware(cores: list[int]) -> str:
@@ -515,9 +518,11 @@ def work(queue: Queue, jobs: int, wait: float = 2.0) -> set[str]:
                 try:
                     at_work[free[0]] = Job(queue, queue.units[name], claim, mine)
                 except BaseException:
-                    claim.unlink()
+                    claim.unlink(missing_ok=True)
                     raise
-                tell(f"{name}: started, about {hours(estimate(queue, queue.units[name]))}; {len(left)} units left")
+                spent, about = at_work[free[0]].before, hours(estimate(queue, queue.units[name]))
+                tell(f"{name}: " + (f"goes on after {hours(spent)} of" if spent else "started,") + f" about {about}; "
+                     f"{len(left)} units left")  # fmt: skip
             if not at_work:
                 others = ", ".join(f"{n} ({who})" for n in left if (who := queue.holder(n)))
                 if not others:

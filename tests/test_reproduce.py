@@ -266,7 +266,7 @@ def test_half_finished_work_on_an_input_that_was_made_anew_is_not_resumed(make):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"unit": "b"}', "null"])
-def test_damaged_and_foreign_results(make, text):
+def test_damaged_and_foreign_results(make, capsys, text):
     """They are named; what was finished is written out again without work; where nothing is left, made anew."""
     queue = make(a="--steps 1")
     (queue.results / "a.json").write_text(text)
@@ -274,6 +274,7 @@ def test_damaged_and_foreign_results(make, text):
     assert not run(queue) and results(queue)["a"]["finished"]
     (queue.results / "a.json").write_text(text)
     assert not run(queue) and results(queue)["a"]["finished"] and starts(queue) == {"a": 1}
+    assert "written anew from" in capsys.readouterr().out
 
 
 def test_results_without_the_work(make):
@@ -346,10 +347,10 @@ def test_cells(tmp_path):
 
 
 def test_curve(tmp_path):
-    rows = [{"step": i, "loss": 1.0} if i % 2 else {"step": i, "val_x": 1 / 3 + i} for i in range(200)]
+    rows = [{"step": 60000 + i} | ({"loss": 1.0} if i % 2 else {"val_x": 1 / 3 + i}) for i in range(200)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 2')
     curve = reproduce.curve(tmp_path, 5)["curve"]
-    assert curve["step"] == [0, 48, 98, 148, 198] and curve["val_x"][0] == 0.3333
+    assert curve["step"] == [60000, 60048, 60098, 60148, 60198] and curve["val_x"][0] == 0.3333
     assert reproduce.curve(tmp_path / "none") == {}
 
 
