@@ -1,7 +1,7 @@
 """The evidence: everything that `results/` holds, made by one command that may be stopped and typed again at any time.
 
     python reproduce.py --small --list                 # every unit: its state, its hours, what comes next
-    python reproduce.py --small                        # `make reproduce`: go on, also beside machines that share runs/
+    python reproduce.py --small                        # `make reproduce`: go on; also beside other machines in a shared folder
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -169,23 +170,25 @@ def wait_for(what, seconds: float = 120.0):
         time.sleep(0.02)
 
 
-def test_a_kill_in_the_middle(make, monkeypatch):
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_in_the_middle(make, monkeypatch, kind):
     """The stage dies with the queue; the next one goes on where it was, at once, and adds up the time."""
     monkeypatch.setattr(reproduce, "HEARTBEAT", 0.1)
-    queue = make(a="--steps 40 --wait 0.1", b="--init {a} --steps 1")
+    queue = make(a="--steps 30 --wait 0.1", b="--init {a} --steps 1")
     steps = queue.work / "a/steps"
     process = start(queue)
     wait_for(lambda: steps.exists() and len(steps.read_text()) > 8)
-    process.kill()
+    os.kill(process.pid, kind)
     process.join()
+    assert bool(queue.claims("a")) == (kind == signal.SIGKILL)
     time.sleep(0.3)
     before, spent = len(steps.read_text()), reproduce.load(queue.work / "a.json")["seconds"]
     time.sleep(0.4)
-    assert len(steps.read_text()) == before < 40 and spent > 0.5  # nobody writes any more
+    assert len(steps.read_text()) == before < 30 and spent > 0.5  # nobody writes any more
     assert "interrupted" in reproduce.listing(queue)
     assert run(queue) == set()
-    assert len(steps.read_text()) == 40 and starts(queue) == {"a": 1, "b": 1}
-    assert results(queue)["a"]["seconds"] > spent + 0.1 * (40 - before) - 0.1
+    assert len(steps.read_text()) == 30 and starts(queue) == {"a": 1, "b": 1}
+    assert results(queue)["a"]["seconds"] > spent + 0.1 * (30 - before) - 0.1
     assert not (queue.work / "old").exists()
 
 
