@@ -1,7 +1,7 @@
 """The evidence: everything that `results/` holds, made by one command that may be stopped and typed again at any time.
 
     python reproduce.py --small --list                 # every unit: its state, its hours, what comes next
-    python reproduce.py --small                        # `make reproduce`: go on; also beside other machines in a shared folder
+    python reproduce.py --small                        # go on (`make reproduce`)
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
@@ -12,7 +12,8 @@ beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, r
 
 What is kept: a unit whose JSON in results/ is whole, and was made with the arguments that the tables below give it and
 all that it needs; the arguments of a stage and its preset are read from its source. What was made with others is set
-aside in runs/<preset>/reproduce/old and made anew. What was interrupted goes on from its last checkpoint.
+aside in runs/<preset>/reproduce/old and made anew. What was interrupted goes on from its last checkpoint. Several
+machines may work side by side in a shared folder.
 
 Where the paper is silent (all our choice):
  1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each.
