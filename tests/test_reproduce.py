@@ -226,6 +226,22 @@ def test_claims(make, monkeypatch):
     job.stop()
 
 
+@pytest.mark.parametrize("theirs", [1, 2])
+def test_who_claims_at_the_same_moment_does_not_get_it_twice(make, monkeypatch, theirs):
+    """Between our look at the claims and our own, somebody else made his: of our number, or of the next."""
+    queue, look, looks = make(a=""), Queue.claims, []
+
+    def claims(self, name):
+        looks.append(look(self, name))
+        if len(looks) == 2:
+            (queue.work / f"a.claim.{theirs}").write_text("elsewhere 1")
+        return looks[-1]
+
+    monkeypatch.setattr(Queue, "claims", claims)
+    assert queue.claim("a") is None and len(looks) == 1 + theirs
+    assert [p.name for p in queue.work.glob("*.claim.*")] == [f"a.claim.{theirs}"]
+
+
 def test_changed_arguments(make, capsys):
     """What is of other arguments is set aside and made anew, with all that needs it; the rest is kept."""
     assert not run(make(a="--steps 2", b="--init {a}", c="--steps 1"))
