@@ -108,7 +108,7 @@ def test_arguments_are_read_from_the_stages_source():
     words = reproduce.shlex.split(queue.command(queue.units["policy_latbot_50"]))[1:]
     real = common.parse_args(finetune.Args, {"tiny": finetune.TINY, "small": finetune.SMALL}, "", words)
     real = json.loads(json.dumps(vars(real)))
-    assert args["episodes"] == 250 and args["init"] == "w/student_latbot"
+    assert args["episodes"] == 50 and args["init"] == "w/student_latbot"
     assert {k: real[k] for k in args if k != "data"} == {k: v for k, v in args.items() if k != "data"}
     assert set(real) - set(args) == reproduce.FREE
     assert reproduce.parse("-m data.play --no-uad --x 1e-3 a --seed 2")[1] == {"uad": False, "x": "0.001 a", "seed": 2}
