@@ -505,7 +505,7 @@ def work(queue: Queue, jobs: int, wait: float = 2.0) -> set[str]:
                          f"{hours(job.state['seconds'])}{': ' * bool(end)}{end}")  # fmt: skip
             while free := [slot for slot in range(jobs) if slot not in at_work]:
                 status = queue.survey()
-                left = [n for n in queue.units if status[n].wanted and not closure(queue.units, [n]).keys() & failed]
+                left = [n for n in queue.units if status[n].wanted and n not in failed]
                 ready = [n for n in left if all(status[x].present for x in queue.units[n].needs)]
                 if ready:
                     room(queue.work)

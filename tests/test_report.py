@@ -48,6 +48,7 @@ def test_paired_statistics():
     assert report.mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
     assert report.mcnemar(0, 0) == report.mcnemar(3, 3) == 1 and report.mcnemar(2, 8) == report.mcnemar(8, 2)
     assert report.newcombe(36, 12, 2, 0) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+    assert report.newcombe(10, 5, 1, 4) == pytest.approx((0.2, -0.0455, 0.4136), abs=2e-4)  # phi = 25 / 86.2
     delta, low, high = report.newcombe(36, 2, 12, 0)
     assert (delta, low, high) == pytest.approx((-0.2, -0.3404, -0.0569), abs=5e-5)
     assert report.newcombe(0, 10, 0, 0)[0] == 1 and -0.1 < report.newcombe(0, 0, 0, 40)[1] < 0

@@ -31,6 +31,8 @@ class Args:
 SMALL = Args(steps=3)
 
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--init" in flags and not (pathlib.Path(flags["--init"]) / "starts").exists():
+    sys.exit("too early")
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 out.mkdir(parents=True, exist_ok=True)
 steps = int(flags.get("--steps", 3))
@@ -139,9 +141,8 @@ def test_units_run_in_order_and_only_once(make, capsys):
 
 
 def test_two_at_once(make):
-    """Two units that wait for each other's time run side by side, a third that needs both after them."""
-    queue = make(a="--steps 4 --wait 0.15", b="--steps 4 --wait 0.15", c="--init {a} --steps {b}")
-    queue.units["c"] = Unit("c", "stage", queue.units["c"].shared, "--init {a} --wait 0 --steps 1")
+    """Units run side by side, what needs one of them after it."""
+    queue = make(a="--steps 6 --wait 0.15", b="--init {a} --steps 1", c="--steps 6 --wait 0.15")
     began = time.monotonic()
     assert run(queue, 2) == set()
     assert time.monotonic() - began < sum(r["seconds"] for r in results(queue).values())
