@@ -15,7 +15,7 @@ import common
 from data.windows import View, Windows
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("lam", "distill", "finetune", "evaluate", "franka")
+SCRIPTS = ("pretrain", "lam", "distill", "finetune", "evaluate", "franka")
 
 
 def commands() -> list[str]:
