@@ -128,6 +128,9 @@ class Args:
     """Decoupled latent actions: off, one undivided set of Ns + Nm tokens feeds both streams. (Table 5)"""
     lambda_a: float = 1.0
     """Weight of L_action. (our choice)"""
+    lambda_g: float = 0.1
+    """Weight of the grippers' cross-entropy within L_action: in nats it is larger than squared errors of normalised
+    actions, and so is its gradient, six times on the encoder. (our choice)"""
     pure_noise: float = 0.5
     """Share of samples at noise level 1, where actions are read out; SANA's schedule has almost none. (our choice)"""
     cut_exchange: float = 0.5
@@ -485,7 +488,7 @@ def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, frames=2, scene_tokens=1, motion_tokens=1, latent_dim=1, motion_width=1, motion_heads=1)
-    common.at_least(args, lambda_a=0, hz=1e-3, pure_noise=0, cut_exchange=0)
+    common.at_least(args, lambda_a=0, lambda_g=0, hz=1e-3, pure_noise=0, cut_exchange=0)
     if args.pure_noise > 1 or args.cut_exchange > 1:
         raise InputError(f"--pure-noise {args.pure_noise:g}, --cut-exchange {args.cut_exchange:g}: shares end at 1")
 
@@ -585,9 +588,10 @@ def valid_counts(mask: Tensor) -> Tensor:
 
 
 def lam_loss(
-    velocity: Tensor, target_velocity: Tensor, actions: Tensor | None, batch: dict, counts: Tensor, lambda_a: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_frame + lambda_a L_action, and its parts.
+    velocity: Tensor, target_velocity: Tensor, actions: Tensor | None, batch: dict, counts: Tensor, lambda_a: float,
+    lambda_g: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """L = L_frame + lambda_a L_action, and its parts; L_action = motion + lambda_g gripper.
 
     velocity and target (B, C, h, w); actions (B, A, 44) or None; counts (2,) > 0: what the sums over valid moving
     dimensions and grippers are divided by, so that the mean can be taken over more than this batch."""
@@ -595,9 +599,9 @@ def lam_loss(
     parts = {"frame": frame.detach()}
     if actions is None:  # without the unified action decoder
         return frame, parts
-    motion, gripper = action_terms(actions, batch["action"], batch["action_mask"]) / counts  # L_action is their sum
+    motion, gripper = action_terms(actions, batch["action"], batch["action_mask"]) / counts
     parts |= {"motion": motion.detach(), "gripper": gripper.detach()}
-    return frame + lambda_a * (motion + gripper), parts
+    return frame + lambda_a * (motion + lambda_g * gripper), parts
 
 
 def micro_step(model: nn.Module, codec: Any, batch: dict, counts: Tensor, args: Args):
@@ -607,7 +611,7 @@ def micro_step(model: nn.Module, codec: Any, batch: dict, counts: Tensor, args: 
     exchange = draw_exchange(batch["index"], args.seed, args.cut_exchange)
     predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s, exchange)
     weight = frame_weight(s, args)
-    return lam_loss(predicted * weight, velocity * weight, actions, batch, counts, args.lambda_a)
+    return lam_loss(predicted * weight, velocity * weight, actions, batch, counts, args.lambda_a, args.lambda_g)
 
 
 # --------------------------------------------------------------------------------------------------------------------
