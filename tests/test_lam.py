@@ -195,6 +195,8 @@ def test_losses_in_closed_form():
     assert parts["motion"].item() == pytest.approx(0.25)
     assert parts["gripper"].item() == pytest.approx(math.log(2))
     assert loss.item() == pytest.approx(0.25 + 2.0 * (0.25 + math.log(2)))
+    weighed, _ = lam.lam_loss(velocity, target, actions, batch, counts, 2.0, 0.1)
+    assert weighed.item() == pytest.approx(0.25 + 2.0 * (0.25 + 0.1 * math.log(2)))
     # A share of a larger batch: divided by what the whole has.
     _, share = lam.lam_loss(velocity, target, actions, batch, 3 * counts, 2.0)
     assert share["motion"].item() == pytest.approx(0.25 / 3)
@@ -239,7 +241,8 @@ def test_action_free_samples_and_masked_columns_leave_the_motion_stream_alone():
 
 
 def test_options_out_of_range_are_named():
-    for wrong in (dict(frames=1), dict(pure_noise=1.5), dict(cut_exchange=-0.1), dict(lambda_a=-1), dict(hz=0)):
+    shares, weights = (dict(pure_noise=1.5), dict(cut_exchange=-0.1)), (dict(lambda_a=-1), dict(lambda_g=-1))
+    for wrong in (dict(frames=1), dict(hz=0), *shares, *weights):
         with pytest.raises(InputError, match="--" + next(iter(wrong)).replace("_", "-")):
             lam.check(replace(ARGS, **wrong))
 
