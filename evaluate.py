@@ -96,19 +96,19 @@ class Args:
     """Trials of each task. (Sec. 4.4)"""
     seconds: float = 0.0
     """Time limit of a trial in simulated seconds; 0: the task's own. (our choice)"""
-    image_size: int = 128
-    """Pixels of the simulated cameras. (our choice)"""
+    image_size: int = 0
+    """Pixels of the simulated cameras; 0: as the policy's training pictures, 128 for the expert. (our choice)"""
     seed: int = 0
     """Seed of the placements, the held-out windows and the sampler's noise."""
 
 
 TINY = Args(
     lam="runs/tiny/lam", student="runs/tiny/distill", policy="runs/tiny/finetune", out="runs/tiny/evaluate", samples=64,
-    probe_samples=256, frames=16, sampling_steps=10, tasks=("pick_cup",), trials=2, seconds=4, image_size=64,
+    probe_samples=256, frames=16, sampling_steps=10, tasks=("pick_cup",), trials=2, seconds=4,
 )  # fmt: skip
 SMALL = Args(
     lam="runs/small/lam", student="runs/small/distill", policy="runs/small/finetune", out="runs/small/evaluate",
-    tasks=("pick_cup",), trials=20, image_size=96,
+    tasks=("pick_cup",), trials=20,
 )  # fmt: skip
 
 
@@ -545,12 +545,13 @@ def report_sim(args: Args) -> tuple[dict[str, Any], list[dict], list[np.ndarray]
     if unknown:
         raise InputError(f"unknown tasks {unknown}: choose from {list(franka.TASKS)}")
     policy = franka.make_policy(args.policy)
-    out: dict[str, Any] = {"checkpoint": policy.name}
+    size = franka.picture_size(policy, args.image_size)
+    out: dict[str, Any] = {"checkpoint": policy.name, "image_size": size}
     entries: list[dict] = []
     film: list[np.ndarray] = []
     keep = lambda frame: film.append(frame) if len(film) < 10 * franka.HZ else None  # a frame has most of a megabyte
     for task in args.tasks:
-        rows = franka.run_trials(policy, task, args.trials, args.seed, image_size=args.image_size, seconds=args.seconds,
+        rows = franka.run_trials(policy, task, args.trials, args.seed, image_size=size, seconds=args.seconds,
                                  film=None if film else keep)  # fmt: skip
         k = sum(r["success"] for r in rows)
         low, high = common.wilson(k, len(rows))
@@ -795,8 +796,8 @@ def training(stage: str, run: str) -> dict[str, Any]:
 
 def evaluate(args: Args, process: Process) -> dict[str, Any]:
     """Runs the reports asked for, merges them into report.json and draws report.png."""
-    common.at_least(args, samples=8, probe_samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, image_size=16,
-                    seed=0)  # fmt: skip
+    common.at_least(args, samples=8, probe_samples=8, frames=1, sampling_steps=1, trials=1, seconds=0, seed=0,
+                    image_size=16 * bool(args.image_size))  # fmt: skip
     if not args.tasks:
         raise InputError(f"--tasks is empty: choose from {list(franka.TASKS)}")
     results = Path(args.results)

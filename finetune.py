@@ -380,10 +380,18 @@ class Policy:
     Weights are of `process.dtype` (float32 on a CPU, bfloat16 on a GPU). With `compile` (None: on a GPU) all that
     happens between pixels and actions is compiled and replayed as one CUDA graph, so that a call costs one launch in
     place of thousands. Instructions are then padded to a multiple of 16 tokens; the first call with another such length
-    or batch size compiles again, which takes its time."""
+    or batch size compiles again, which takes its time.
 
-    def __init__(self, model: VLA, args: Args, process: Process, name: str, compile: bool | None = None):
+    pictures: the sizes that training pictures had before they were resized (see `picture_sizes`); None: the model's.
+    Pictures of another size can be given, but their edges then lie elsewhere by a pixel, which is millimetres."""
+
+    def __init__(
+        self, model: VLA, args: Args, process: Process, name: str, compile: bool | None = None,
+        pictures: dict[str, list[list[int]]] | None = None,
+    ):  # fmt: skip
         self.model, self.process, self.name = model.to(process.device).eval().requires_grad_(False), process, name
+        size = model.student.image_size
+        self.pictures = pictures or {camera: [[size, size]] for camera in args.cameras}
         for parameter in model.parameters():  # not the buffers: normalisers and rotary frequencies stay float32
             parameter.data = parameter.data.to(process.dtype)
         self.cameras, self.chunk, self.execute, self.hz = args.cameras, args.chunk, args.execute, args.hz
@@ -446,7 +454,7 @@ def load_policy(path: str | Path, compile: bool | None = None) -> Policy:
     args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
-    return Policy(model, args, common.here(), str(path), compile)
+    return Policy(model, args, common.here(), str(path), compile, meta.get("pictures"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -515,6 +523,18 @@ def make_windows(args: Args, image_size: int, split: str) -> Windows:
         [spanning(norms)] * len(norms) for norms in (windows.action_norms, windows.state_norms)
     )
     return windows
+
+
+def picture_sizes(windows: Windows) -> dict[str, list[list[int]]]:
+    """The [height, width] that each camera's pictures have in the data sets, each size once."""
+    out: dict[str, list[list[int]]] = {view.camera: [] for view in windows.views.values()}
+    for reader in windows.readers:
+        for camera, sizes in out.items():
+            shape = reader.info["features"][reader.mapping["images"][camera]].get("shape")
+            shape = shape or reader.frames(int(windows.chosen[0][0]), camera, [0]).shape[1:]
+            size = [n for n in shape if n != 3]  # the colours come first or last
+            sizes += [size] if size not in sizes else []
+    return out
 
 
 def spanning(norms: list[Normalizer]) -> Normalizer:
@@ -593,7 +613,7 @@ def train(args: Args, process: Process) -> None:
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
             "tokens": model.student.tokens, "latent_dim": model.student.head.out_features,
-            "statistics": windows.statistics()}  # fmt: skip
+            "pictures": picture_sizes(windows), "statistics": windows.statistics()}  # fmt: skip
     if process.main:
         print(windows.summary())
         print(f"parameters: student {count(model.student):.2f} M from {args.init}, expert {count(model.expert):.2f} M, "

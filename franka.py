@@ -90,8 +90,11 @@ class Args:
     demonstrations: --record refuses even ones, and trials on odd ones say that they are none (our choice)."""
     seconds: float = 0.0
     """Time limit of a trial, in simulated seconds. 0: the task's own, over twice what the expert takes (our choice)."""
-    image_size: int = 128
-    """Height and width of both camera pictures, in pixels (our choice)."""
+    image_size: int = 0
+    """Height and width of both camera pictures, in pixels. 0: for a policy those of its training pictures, else
+    --record-size (our choice)."""
+    record_size: int = 128
+    """Height and width of recordings, and of what the expert is filmed with, in pixels (our choice)."""
     look: Literal["capsule", "mesh"] = "capsule"
     """How the arm is drawn: capsules (fast), or the real meshes with shadows (our choice)."""
     variation: bool = False
@@ -106,8 +109,8 @@ class Args:
     """Go on in a folder that already holds results or episodes (our choice)."""
 
 
-TINY = Args(trials=2, image_size=64, out="runs/tiny/franka")
-SMALL = Args(image_size=96, out="runs/small/franka")
+TINY = Args(trials=2, record_size=64, out="runs/tiny/franka")
+SMALL = Args(record_size=96, out="runs/small/franka")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rendering
@@ -1027,6 +1030,21 @@ def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
     return ChunkPolicy(policy, f"{path} {found.name} of {made}")
 
 
+def picture_size(policy: ExpertPolicy | ChunkPolicy, asked: int, otherwise: int = Args.record_size) -> int:
+    """Pixels that the cameras' square pictures are drawn with: what was `asked`; for 0, as the policy's training
+    pictures had; `otherwise` for the expert, which needs none. Prints a warning where a policy gets another size than
+    it learned from: drawn and resized they differ by up to a pixel, and what it grasps is off by millimetres."""
+    if isinstance(policy, ExpertPolicy):
+        return asked or otherwise
+    learned = {tuple(size) for sizes in policy.policy.pictures.values() for size in sizes}
+    size = asked or max(max(learned))
+    if learned != {(size, size)}:
+        there = ", ".join(f"{h} x {w}" for h, w in sorted(learned))
+        print(f"warning: {policy.name} learned from pictures of {there} pixels, and gets {size} x {size}: it will miss "
+              f"by millimetres; leave --image-size away, or train on recordings of that size")  # fmt: skip
+    return size
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Trials
 # --------------------------------------------------------------------------------------------------------------------
@@ -1096,8 +1114,9 @@ def run_trials(
 ) -> list[dict]:  # fmt: skip
     """Runs trials of one task (a number of them from 0 on, or a list of trial numbers) with a progress bar.
 
-    film: called with every frame of the video, e.g. `frames.append`. report: called with each entry as it is done.
-    An expert without film runs without rendering. Raises InputError for an unknown task or negative numbers."""
+    image_size: see `picture_size`. film: called with every frame of the video, e.g. `frames.append`. report: called
+    with each entry as it is done. An expert without film runs without rendering. Raises InputError for an unknown task
+    or negative numbers."""
     if seed % 2:
         print(f"note: seed {seed} is odd, so these placements may be those of demonstrations: this is no evaluation")
     blind = isinstance(policy, ExpertPolicy) and film is None
@@ -1137,8 +1156,8 @@ def evaluate(args: Args) -> None:
     more = missing and (folder / "video.mp4").exists()
     film = Film(folder / (f"video_from_{missing[0]}.mp4" if more else "video.mp4"))
     run_trials(
-        policy, args.task, missing, seed, image_size=args.image_size, look=args.look, variation=args.variation,
-        seconds=args.seconds, film=film.add, report=report,
+        policy, args.task, missing, seed, image_size=picture_size(policy, args.image_size, args.record_size),
+        look=args.look, variation=args.variation, seconds=args.seconds, film=film.add, report=report,
     )  # fmt: skip
     film.close()
     here = sorted((e for e in entries if e["trial"] in wanted), key=lambda e: e["trial"])
@@ -1228,9 +1247,10 @@ def record(args: Args) -> dict[str, float]:
     seed = 1 if args.seed is None else args.seed
     if seed % 2 == 0:
         raise InputError(f"--seed {seed} with --record: even seeds belong to the evaluation, give an odd one")
-    SimFranka("pick_cup", args.image_size).close()  # a missing GL library is said here, not by a worker
+    pixels = args.image_size or args.record_size
+    SimFranka("pick_cup", pixels).close()  # a missing GL library is said here, not by a worker
     tasks = list(TASKS) if args.task == "all" else [args.task]
-    cameras = {name: (args.image_size, args.image_size) for name in ("primary", "wrist")}
+    cameras = {name: (pixels, pixels) for name in ("primary", "wrist")}
     writer = LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
     skip, total = writer.num_episodes, args.record * len(tasks)
     if skip:
@@ -1246,7 +1266,7 @@ def record(args: Args) -> dict[str, float]:
         while True:
             while len(queue) < min(ahead, args.record - made):
                 on_disk = (made + len(queue)) * len(tasks) + tasks.index(task) < skip
-                size = 0 if on_disk else args.image_size
+                size = 0 if on_disk else pixels
                 queue.append(pool.submit(_work, task, size, args.look, args.variation, trial, seed))
                 trial += 1
             episode, reason = queue.popleft().result()
@@ -1291,7 +1311,8 @@ def record(args: Args) -> dict[str, float]:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, image_size=16, record=0, workers=1)
+    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, record=0, workers=1, record_size=16,
+                    image_size=16 * bool(args.image_size))  # fmt: skip
     if args.task not in TASKS and not (args.task == "all" and args.record):
         raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")
     if not args.record:

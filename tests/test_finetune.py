@@ -268,6 +268,18 @@ def test_several_data_sets_share_a_normaliser(data, tmp_path):
     assert torch.equal(trained.scale, norm.scale) and torch.equal(trained.centre, norm.centre)
 
 
+def test_the_sizes_of_the_pictures(data, tmp_path, normed):
+    """Of each data set, with the colours first or last or not told at all; a checkpoint without: the model's own."""
+    others = [h.make_data(tmp_path / "other", episodes=4, size=(64, 96))]
+    wrist = lambda info: info["features"]["observation.images.wrist"]
+    others.append(changed_copy(data, tmp_path / "first", "info", lambda info: wrist(info).update(shape=[3, 32, 40])))
+    others.append(changed_copy(data, tmp_path / "untold", "info", lambda info: wrist(info).pop("shape")))
+    windows = finetune.make_windows(run_args((data, *others), "", preload=False), 32, "train")
+    assert finetune.picture_sizes(windows) == {
+        "primary": [[48, 64], [64, 96]], "wrist": [[48, 64], [64, 96], [32, 40]]}  # fmt: skip
+    assert policy_of(normed).pictures == {"primary": [[32, 32]], "wrist": [[32, 32]]}
+
+
 def test_data_sets_of_other_columns_are_refused(data, tmp_path):
     rename = lambda info: info["features"]["action"]["names"].__setitem__(5, "left_yaw")
     other = changed_copy(data, tmp_path / "other", "info", rename)
@@ -515,6 +527,7 @@ def test_one_to_three_views(cameras, tmp_path):
     own = {c: images[c] for c in cameras}
     out = policy.act(own, state, instruction)
     assert out.shape == (2, 4, 44) and policy.cameras == cameras
+    assert policy.pictures == {camera: [[48, 64]] for camera in cameras}  # as recorded, not as resized
     for camera in cameras:  # every view counts
         changed = own | {camera: 255 - own[camera]}
         assert np.abs(policy.act(changed, state, instruction) - out).max() > 1e-6

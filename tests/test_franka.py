@@ -12,6 +12,7 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import common
+import evaluate
 import franka
 from common import InputError
 from data.lerobot import LeRobotReader
@@ -446,6 +447,7 @@ class FakePolicy:
     """Stands in for finetune.Policy: always moves up, gripper closed with probability 0.6."""
 
     cameras, chunk, execute, hz = ("primary", "wrist"), 8, 4, 10
+    pictures = {"primary": [[64, 64]], "wrist": [[64, 64]]}
 
     def __init__(self):
         self.calls = []
@@ -469,6 +471,23 @@ def test_a_chunk_policy_executes_part_of_each_chunk():
     assert np.allclose(fake.calls[1][:3] - fake.calls[0][:3], [0, 0, 0.04], atol=3e-3)
     assert fake.calls[2][7] < 0.1 < 0.9 < fake.calls[0][7]  # 0.4 is below the threshold: closed
     assert len(frames) == 12 + HZ and frames[0].dtype == np.uint8
+
+
+def test_a_policy_gets_pictures_as_large_as_it_learned_from(tmp_path, monkeypatch, capsys):
+    """By itself, in both runners (FakePolicy asserts it); another size is one line that names both."""
+    policy = ChunkPolicy(FakePolicy(), "fake")
+    monkeypatch.setattr(franka, "make_policy", lambda path: policy)
+    args = Args(trials=1, seconds=0.2, out=str(tmp_path))
+    franka.evaluate(args)
+    evaluate.report_sim(evaluate.Args(tasks=("pick_cup",), trials=1, seconds=0.2))
+    assert len(policy.policy.calls) == 2
+    assert franka.picture_size(policy, 64) == 64 and "warning" not in capsys.readouterr().out
+    assert franka.picture_size(policy, 96) == 96
+    assert "fake learned from pictures of 64 x 64 pixels, and gets 96 x 96" in capsys.readouterr().out
+    policy.policy.pictures = {"primary": [[180, 320], [96, 96]]}  # two data sets of a real robot
+    assert franka.picture_size(policy, 0) == 320 and "96 x 96, 180 x 320 pixels" in capsys.readouterr().out
+    assert franka.picture_size(ExpertPolicy(), 0) == 128 and franka.picture_size(ExpertPolicy(), 0, 64) == 64
+    assert (Args.record_size, franka.TINY.record_size, franka.SMALL.record_size) == (128, 64, 96)
 
 
 def test_paired_across_policies():
