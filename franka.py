@@ -428,7 +428,7 @@ class SimFranka(World):
             self.cameras = None
 
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
-        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,) with w >= 0."""
+        """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,), canonical."""
         return self.arm.pose()
 
     def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
@@ -1009,7 +1009,7 @@ class ChunkPolicy:
 def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
     """`expert`, a folder written by finetune.py, or "": the best fine-tuned policy present, else the expert.
 
-    Raises InputError for a folder without a policy, and for one trained at another rate."""
+    Raises InputError for a folder without a policy, and for one trained at another rate or for another robot."""
     if path == "expert":
         return ExpertPolicy()
     if not path:
@@ -1023,6 +1023,10 @@ def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
     import finetune
 
     policy = finetune.load_policy(path)
+    if absent := [n for n in ARM_ACTION if n not in policy.action_names]:  # they would be zeros: a closed gripper
+        raise InputError(f"{path} gives no {absent}, and the robot needs them: train on data that have them")
+    if more := [n for n in policy.state_names if n not in ARM_STATE]:
+        raise InputError(f"{path} reads {more}, which this robot of one arm has not: train on data of such a robot")
     if policy.hz != HZ:
         raise InputError(f"{path} was trained at {policy.hz} Hz, the robot runs at {HZ}: train with --hz {HZ}")
     # The checkpoint and its time are part of the name: results of a policy trained anew never mix with the old one's.

@@ -448,6 +448,7 @@ class FakePolicy:
 
     cameras, chunk, execute, hz = ("primary", "wrist"), 8, 4, 10
     pictures = {"primary": [[64, 64]], "wrist": [[64, 64]]}
+    action_names, state_names = common.ARM_ACTION, common.ARM_STATE
 
     def __init__(self):
         self.calls = []
@@ -488,6 +489,25 @@ def test_a_policy_gets_pictures_as_large_as_it_learned_from(tmp_path, monkeypatc
     assert franka.picture_size(policy, 0) == 320 and "96 x 96, 180 x 320 pixels" in capsys.readouterr().out
     assert franka.picture_size(ExpertPolicy(), 0) == 128 and franka.picture_size(ExpertPolicy(), 0, 64) == 64
     assert (Args.record_size, franka.TINY.record_size, franka.SMALL.record_size) == (128, 64, 96)
+
+
+def test_policies_of_other_robots_are_refused(tmp_path, monkeypatch):
+    """Of another rate, without some of this arm's actions (they would be zeros), or reading what it has not."""
+    import finetune
+
+    common.write_json(tmp_path / "meta.json", {"stage": "finetune", "step": 1, "time": 0})
+    fake = FakePolicy()
+    monkeypatch.setattr(finetune, "load_policy", lambda path: fake)
+    assert franka.make_policy(str(tmp_path)).policy is fake
+    for changes, message in (
+        ({"hz": 5}, "was trained at 5 Hz, the robot runs at 10: train with --hz 10"),
+        ({"action_names": common.ARM_ACTION[:6]}, r"gives no \['right_gripper'\]"),
+        ({"state_names": common.STATE_NAMES[:16]}, r"reads \['left_x', .* this robot of one arm has not"),
+    ):
+        vars(fake).update(changes)
+        with pytest.raises(InputError, match=message):
+            franka.make_policy(str(tmp_path))
+        vars(fake).clear()
 
 
 def test_paired_across_policies():
