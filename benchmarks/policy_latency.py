@@ -109,13 +109,15 @@ def read_bytes(ours: finetune.VLA, pi0: nn.Module, denoise: int, process: common
 
 
 def calls(
-    ours: finetune.VLA, pi0: nn.Module, views: int, batch: int, args: Args, process: common.Process
+    size: str, ours: finetune.VLA, pi0: nn.Module, views: int, batch: int, args: Args, process: common.Process
 ) -> dict[str, Callable[[], Any]]:
     """What is timed with so many views and samples, by name."""
-    g, size, texts = np.random.default_rng(args.seed), ours.student.image_size, [INSTRUCTION] * batch
-    images = {c: g.integers(0, 256, (batch, size, size, 3), np.uint8) for c in VIEWS[:views]}
-    state = g.normal(size=(batch, len(STATE_NAMES))).astype(np.float32)
-    ours.cameras, settings = views, replace(PRESETS["small"], cameras=VIEWS[:views])
+    g, pixels, texts = np.random.default_rng(args.seed), ours.student.image_size, [INSTRUCTION] * batch
+    images = {c: g.integers(0, 256, (batch, pixels, pixels, 3), np.uint8) for c in VIEWS[:views]}
+    state = g.uniform(size=(batch, len(STATE_NAMES))).astype(np.float32)
+    for _, _, first in common.ARMS:
+        state[:, first + 3 : first + 7] = 0, 0, 0, 1  # a quaternion
+    ours.cameras, settings = views, replace(PRESETS[size], cameras=VIEWS[:views])
     made = {}
     if process.device.type == "cuda" and args.compile:
         compiled = finetune.Policy(ours, settings, process, "ours", compile=True)
@@ -130,7 +132,7 @@ def calls(
     given = dict(
         state=torch.from_numpy(state).to(process.device, process.dtype), input_ids=torch.cat([place, ids], 1),
         attention_mask=torch.cat([torch.ones_like(place), valid.long()], 1),
-        pixel_values=torch.rand(batch, views, 3, size, size, device=process.device, dtype=process.dtype) * 2 - 1,
+        pixel_values=torch.rand(batch, views, 3, pixels, pixels, device=process.device, dtype=process.dtype) * 2 - 1,
         pixel_attention_mask=torch.ones(batch, views, dtype=torch.bool, device=process.device),
     )  # fmt: skip
     made["pi0"] = lambda: pi0.sample_actions(**given, num_steps=args.denoise)
@@ -147,7 +149,7 @@ def bench(size: str, args: Args, process: common.Process) -> Iterator[dict]:
           f"{bandwidth / 1e9:.1f} GB/s, a matrix product makes {peak / 1e12:.2f} TFLOP/s")  # fmt: skip
     for views in args.views:
         for batch in args.batches:
-            timed = calls(ours, pi0, views, batch, args, process)
+            timed = calls(size, ours, pi0, views, batch, args, process)
             flops = {}
             for name in ("ours, eager" if "ours, eager" in timed else "ours", "pi0"):
                 with plan.count_flops(by_module=False) as counter:

@@ -38,7 +38,7 @@ def test_like_is_compared_with_like():
 def test_policy_latency(monkeypatch, capsys, tmp_path):
     args = policy_latency.Args()
     ours, pi0 = policy_latency.make_models("tiny", args, h.process())
-    made = policy_latency.calls(ours, pi0, 3, 2, args, h.process())
+    made = policy_latency.calls("tiny", ours, pi0, 3, 2, args, h.process())
     chunks = [torch.as_tensor(call()) for call in made.values()]
     assert list(made) == ["ours", "pi0"] and all(c.shape == (2, 16, 44) and c.isfinite().all() for c in chunks)
 
