@@ -933,12 +933,12 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged ({error}): restore it, or choose another --out") from None
 
 
-def load_meta(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's metadata. Raises InputError for a damaged file."""
+def load_meta(checkpoint: Path, *needed: str) -> dict[str, Any]:
+    """A checkpoint's metadata. Raises InputError for a damaged file, and one that lacks what is `needed`."""
     try:
         meta = json.loads((checkpoint / "meta.json").read_text())
-        if not isinstance(meta, dict) or not {"stage", "step"} <= set(meta):
-            raise ValueError("no stage and step in meta.json")
+        if not isinstance(meta, dict) or (absent := {"stage", "step", *needed} - set(meta)):
+            raise ValueError(f"no {' and '.join(sorted(absent)) if isinstance(meta, dict) else 'object'} in meta.json")
         return meta
     except (OSError, ValueError) as error:
         raise InputError(f"{checkpoint} is damaged ({error}): delete it, and the one before it is used") from None

@@ -299,7 +299,7 @@ def build(args: Args, tokens: tuple[int, int], latent_dim: int, checkpoint: Path
     the action expert and the flow-matching heads), from random ones, or as a checkpoint describes it, to be filled.
 
     Raises InputError where --student names neither pi0.5 nor PaliGemma."""
-    config = common.load_meta(checkpoint)["student_config"] if checkpoint else None
+    config = common.load_meta(checkpoint, "student_config")["student_config"] if checkpoint else None
     vlm, tokenizer = common.load_vlm(args.student, config, checkpoint)
     student = assemble(vlm, tokenizer, tokens, latent_dim, args.checkpointing)
     if not checkpoint and args.student not in common.VLM_SIZES:
@@ -321,7 +321,7 @@ def load_student(path: str | Path) -> tuple[Student, Args, dict[str, Any]]:
 
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "distill")
-    meta = common.load_meta(found)
+    meta = common.load_meta(found, "args", "tokens", "latent_dim")
     args = common.load_args(Args, meta)
     student = build(args, tuple(meta["tokens"]), meta["latent_dim"], found)
     common.load_weights(student, found)

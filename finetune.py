@@ -304,12 +304,12 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     shape, and for an unknown --expert."""
     size, rest = (args.expert if args.expert in EXPERT_SIZES else "300m"), {}
     if checkpoint:
-        meta = common.load_meta(checkpoint)
+        meta = common.load_meta(checkpoint, "student_config", "tokens", "latent_dim")
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
         return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     if found := _policy(args.init):
-        then = common.load_args(Args, common.load_meta(found))
+        then = common.load_args(Args, common.load_meta(found, "args"))
         there = {"expert": then.expert if then.expert in EXPERT_SIZES else "300m", "chunk": then.chunk,
                  "cameras": list(then.cameras)}  # fmt: skip
         here = {"expert": args.expert, "chunk": args.chunk, "cameras": list(args.cameras)}
@@ -328,6 +328,10 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         if args.init not in common.VLM_SIZES:
             sources[args.init] = list(vlm.named_parameters())
         rest = rest or getattr(vlm, "left_over", {})
+    elif "/" not in args.init and not Path(args.init).exists():
+        sizes = [name for name in common.VLM_SIZES if name.startswith("paligemma")]
+        raise InputError(f"--init {args.init!r} is no folder here and no size: give one of {sizes}, a run of "
+                         f"distill.py, or a folder or hub name (owner/model) of pi0.5 or PaliGemma")  # fmt: skip
     else:
         student = distill.load_student(args.init)[0]
     model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
@@ -396,12 +400,16 @@ class Policy:
             parameter.data = parameter.data.to(process.dtype)
         self.cameras, self.chunk, self.execute, self.hz = args.cameras, args.chunk, args.execute, args.hz
         self.grippers = torch.tensor([i in GRIPPERS for i in range(len(ACTION_NAMES))], device=process.device)
+        of = lambda names, mask: tuple(n for n, there in zip(names, mask.tolist(), strict=True) if there)
+        self.action_names, self.state_names = of(ACTION_NAMES, model.action_mask), of(STATE_NAMES, model.state_mask)
         compile = process.device.type == "cuda" if compile is None else compile
         self.multiple = 16 if compile else 1
         if compile:
             for x in (self.grippers, model.queries):  # the types go into a table of einops', whose growth recompiles
                 rearrange(x, "... -> ...")
-            self.predict = torch.compile(self.predict, mode="reduce-overhead", dynamic=False, fullgraph=True)
+            # Each batch size and length is a graph of its own: eight, torch's limit, are soon seen.
+            self.predict = torch.compile(self.predict, mode="reduce-overhead", dynamic=False, fullgraph=True,
+                                         recompile_limit=256)  # fmt: skip
 
     def predict(self, pixels: Tensor, state: Tensor, ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """pixels uint8 (B, K, 3, H, H), state (B, 46), prompts (B, L) -> actions (B, chunk, 44) in physical units, and
@@ -418,31 +426,47 @@ class Policy:
         """images[camera] uint8 (B, H, W, 3), state (B, 46) unified and in physical units, one instruction each.
 
         Returns actions (B, chunk, 44): unified, metres and radians, gripper columns as probabilities of being open.
-        Raises InputError for other views than it was trained with, wrong shapes or types, NaN in the state, an
-        instruction that is empty or too long, and rather than return an action that is not finite."""
-        if set(images) != set(self.cameras):
-            raise InputError(f"{self.name} was trained with the views {sorted(self.cameras)}, it got {sorted(images)}")
-        if isinstance(instruction, str) or not instruction or not all(s and s.strip() for s in instruction):
+        Raises InputError for other views than it was trained with, wrong shapes or types, a state that training could
+        not have seen (`common.conform`), an instruction that is empty or too long, and rather than return an action
+        that is not finite."""
+        if not isinstance(images, dict) or set(images) != set(self.cameras):
+            got = sorted(map(str, images)) if isinstance(images, dict) else type(images).__name__
+            raise InputError(f"{self.name} was trained with the views {sorted(self.cameras)}, it got {got}")
+        texts = [] if isinstance(instruction, str) or not np.iterable(instruction) else list(instruction)
+        if not texts or not all(isinstance(s, str) and s.strip() for s in texts):
             raise InputError(f"one instruction a sample is needed, and none may be empty: got {instruction!r}")
-        b, state = len(instruction), np.array(state, np.float32)
-        if state.shape != (b, len(STATE_NAMES)):
-            raise InputError(f"state must be ({b}, {len(STATE_NAMES)}), as common.STATE_NAMES: got {state.shape}")
-        if not np.isfinite(state).all():
-            bad = np.flatnonzero(~np.isfinite(state).all(0))
-            raise InputError(f"NaN or infinite state: {[STATE_NAMES[i] for i in bad]}; look at the robot's sensors")
+        state = self.check_state(state, b := len(texts))
         for camera, image in images.items():
-            if image.dtype != np.uint8 or image.ndim != 4 or len(image) != b or image.shape[3] != 3 or not image.size:
-                raise InputError(f"view {camera} must be uint8 ({b}, H, W, 3), one a sample: got {image.dtype} "
-                                 f"{image.shape}")  # fmt: skip
+            array = isinstance(image, np.ndarray)
+            if not array or image.dtype != np.uint8 or image.shape != (b, *image.shape[1:3], 3) or not image.size:
+                raise InputError(f"view {camera} must be uint8 ({b}, H, W, 3), one a sample: got "
+                                 + (f"{image.dtype} {image.shape}" if array else type(image).__name__))  # fmt: skip
         student = self.model.student
         pixels = torch.stack([common.prepare_images(images[c], student.image_size) for c in self.cameras], 1)
-        for _, _, s in common.ARMS:
-            state[:, s + 3 : s + 7] = common.canonical(state[:, s + 3 : s + 7])  # as the reader has it
-        given = pixels, torch.from_numpy(state), *student.prompts(list(instruction), len(images), self.multiple)
+        given = pixels, torch.from_numpy(state), *student.prompts(texts, len(images), self.multiple)
         actions, finite = self.predict(*(x.to(self.process.device) for x in given))
         if not finite:
             raise InputError(f"{self.name} produced a non-finite action: do not run it on a robot; train it again")
         return actions.cpu().numpy()
+
+    def check_state(self, state: np.ndarray, b: int) -> np.ndarray:
+        """A state as training had it, float32 (b, 46): zero where the policy reads nothing, grippers in [0, 1],
+        quaternions canonical. Raises InputError where it is no such state."""
+        try:
+            state = np.array(state, np.float32)
+        except (TypeError, ValueError) as error:  # ragged, or no numbers
+            raise InputError(f"state must be numbers ({b}, {len(STATE_NAMES)}): {error}") from None
+        if state.shape != (b, len(STATE_NAMES)):
+            raise InputError(f"state must be ({b}, {len(STATE_NAMES)}), as common.STATE_NAMES: got {state.shape}")
+        sane = (np.abs(state) < 1e4).all(0)  # NaN is not, nor is a robot 10 km away (our choice)
+        if bad := [n for n, well in zip(STATE_NAMES, sane, strict=True) if not well]:
+            raise InputError(f"NaN, infinite or absurdly large state: {bad}; look at the robot's sensors")
+        state = np.where(np.isin(STATE_NAMES, self.state_names), state, np.float32(0))
+        try:
+            return common.conform(state, self.state_names, STATE_NAMES, "state: the {}")
+        except InputError as error:  # what it advises is for data sets
+            raise InputError(f"{str(error).rpartition(': ')[0]}: give what {self.name} reads as its data had it, "
+                             f"{list(self.state_names)}") from None  # fmt: skip
 
 
 def load_policy(path: str | Path, compile: bool | None = None) -> Policy:
@@ -450,7 +474,7 @@ def load_policy(path: str | Path, compile: bool | None = None) -> Policy:
 
     Raises InputError when the path holds no checkpoint of this stage, or one that does not fit."""
     found = common.find_checkpoint(path, "finetune")
-    meta = common.load_meta(found)
+    meta = common.load_meta(found, "args")
     args = common.load_args(Args, meta)
     model = build(args, found)
     common.load_weights(model, found)
@@ -508,11 +532,14 @@ def validate(model: VLA, windows: Windows, mean: Tensor, args: Args, process: Pr
 def make_windows(args: Args, image_size: int, split: str) -> Windows:
     """One frame of each camera and the next `chunk` actions, normalised alike whichever data set they are of.
 
-    Raises InputError for data sets of different columns."""
+    Raises InputError for data sets of different columns, or without actions."""
     wanted = {camera: View(camera, 1, image_size) for camera in args.cameras}
     seed = args.seed + (2 if split == "train" else 10_002)
     windows = Windows(args.data, wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all",
                       args.val_every, args.episodes, args.preload)  # fmt: skip
+    if video := [reader.source for reader in windows.readers if not reader.action_names]:
+        raise InputError(f"--data {video} has no actions, and of videos alone a policy learns nothing: leave it to "
+                         f"lam.py and distill.py, or name the columns of actions in a mapping")  # fmt: skip
     first, *others = windows.readers
     for other in others:
         for kind in ("action_names", "state_names"):

@@ -401,7 +401,9 @@ def sixteen(size: tuple[int, int] = (32, 32)) -> tuple[dict, np.ndarray, list[st
     images = {c: rng.integers(0, 256, (16, *size, 3), np.uint8) for c in ("primary", "wrist")}
     state = rng.normal(size=(16, 46)).astype(np.float32)
     for _, _, s in common.ARMS:
-        state[:, s + 3 : s + 7] = common.canonical(state[:, s + 3 : s + 7])
+        q = state[:, s + 3 : s + 7]
+        state[:, s + 3 : s + 7] = common.canonical(q / np.linalg.norm(q, axis=1, keepdims=True))
+        state[:, s + 7] = rng.uniform(0, 1, 16)
     return images, state, [" ".join(["push"] + ["the red cup"] * (k % 14)) for k in range(16)]
 
 
@@ -505,6 +507,19 @@ def test_a_compiled_policy(normed, backend, monkeypatch):
         np.testing.assert_allclose(compiled.act(images, state, texts), plain.act(images, state, texts), atol=1e-5)
 
 
+def test_ten_batch_sizes_compile_ten_graphs(normed, monkeypatch):
+    """Torch's own limit is eight, and a policy that meets a ninth batch size must not die of it."""
+    torch.compiler.reset()
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
+    # The bounds of what is compiled are the same around a small function.
+    monkeypatch.setattr(finetune.Policy, "predict", lambda self, pixels, state, ids, valid: (state + 1, ids.sum() > 0))
+    policy = policy_of(normed, compile=True)
+    for b in range(1, 11):
+        actions, _ = policy.predict(None, torch.zeros(b, 46), torch.ones(b, 16), None)
+        assert actions.shape == (b, 46)
+
+
 def test_half_turns_have_one_name(normed):
     """A gripper that points straight down is a half turn: w = 0, where the sign of the quaternion is decided by x."""
     images, state, instructions = sixteen()
@@ -544,12 +559,31 @@ def test_act_refuses(data, overfitted):
     nan = state.copy()
     nan[1, STATE_NAMES.index("right_z")] = np.nan
     blind = {"primary": images["primary"]}
+
+    def changed(name: str, value: float) -> np.ndarray:
+        out = state.copy()
+        out[1, STATE_NAMES.index(name)] = value
+        return out
+
+    turned = lambda factor: state * np.where([n[-2] == "q" for n in STATE_NAMES], factor, 1)
     cases = [
         (blind, state, instruction, r"trained with the views \['primary', 'wrist'\], it got \['primary'\]"),
         (images | {"left": images["wrist"]}, state, instruction, r"it got \['left', 'primary', 'wrist'\]"),
         (images, state[:, :8], instruction, r"state must be \(2, 46\).* got \(2, 8\)"),
         (images, state[:1], instruction, r"state must be \(2, 46\).* got \(1, 46\)"),
-        (images, nan, instruction, r"NaN or infinite state: \['right_z'\]"),
+        (images, nan, instruction, r"NaN, infinite or absurdly large state: \['right_z'\]"),
+        (images, changed("right_x", 1e38), instruction, r"absurdly large state: \['right_x'\]; look at the robot"),
+        (images, changed("right_gripper", 80), instruction, "the right gripper runs from .* to 80, and must from"),
+        (images, changed("right_qw", 5), instruction, "the right quaternion without length 1: give what .* reads"),
+        (images, turned(0), instruction, "right quaternion without length 1"),
+        (images, [state[0], state[1][:8]], instruction, r"state must be numbers \(2, 46\)"),
+        (images, None, instruction, r"state must be \(2, 46\).* got \(\)"),
+        ([*images.values()], state, instruction, r"was trained with the views .*, it got list"),
+        (images | {"wrist": None}, state, instruction, r"view wrist must be uint8 \(2, H, W, 3\).* got NoneType"),
+        (images | {"wrist": images["wrist"].tolist()}, state, instruction, "view wrist .* got list"),
+        (images, state, None, "one instruction a sample.* got None"),
+        (images, state, np.array(instruction[0]), "one instruction a sample"),
+        (images, state, [1, 2], r"one instruction a sample.* got \[1, 2\]"),
         (images, state, [instruction[0], " "], "none may be empty"),
         (images, state, instruction[0], "one instruction a sample"),
         (images, state, [instruction[0], "move " * 5000], "the model takes 4096"),
@@ -564,6 +598,13 @@ def test_act_refuses(data, overfitted):
     for pictures, numbers, text, message in cases:
         with pytest.raises(InputError, match=message):
             policy.act(pictures, numbers, text)
+    as_array = policy.act(images, state, np.array(instruction))
+    assert np.array_equal(as_array, policy.act(images, state.tolist(), instruction))
+    noisy = turned(1.02)  # as training took them: grippers a little out of range, quaternions a little off
+    noisy[:, STATE_NAMES.index("right_gripper")] = 1.04
+    clipped = noisy.copy()
+    clipped[:, STATE_NAMES.index("right_gripper")] = 1
+    assert np.array_equal(policy.act(images, noisy, instruction), policy.act(images, clipped, instruction))
 
 
 def test_act_never_returns_what_is_not_finite(data, overfitted):
@@ -641,6 +682,7 @@ def test_bad_arguments(data, tmp_path):
         ({"cameras": ("wrist", "wrist")}, "one to three different views"),
         ({"cameras": ("primary", "side")}, r"no camera 'side', it has \['primary', 'wrist'\]"),
         ({"expert": "2b"}, "unknown --expert '2b': choose one of"),
+        ({"init": "paligemma-smal"}, r"no size: give one of .*'paligemma-small'.*distill.py.*hub name \(owner/model\)"),
         ({"init": "internvl-micro"}, "the student is PaliGemma, not 'internvl'"),
         ({"episodes": 3}, "has 2 episodes of '.*', fewer than 3: lower --episodes"),
     ]
@@ -653,6 +695,26 @@ def test_a_policy_never_claims_another_rate(data, tmp_path):
     """Data of 10 Hz cannot train a policy that says 20: a robot would move at twice the speed."""
     with pytest.raises(common.InputError, match="add --hz 10"):
         finetune.train(run_args(data, tmp_path / "run", hz=20.0), h.process())
+
+
+def test_videos_teach_no_policy(data, tmp_path):
+    """All losses would be zero, to the end of the run."""
+    write = {"images": {"primary": "observation.images.primary", "wrist": "observation.images.wrist"},
+             "state": {"right_qw": {"column": "observation.state", "index": 6}},
+             "stats": {"observation.state": {"q01": [1.0], "q99": [1.0]}}}  # fmt: skip
+    common.write_json(tmp_path / "free.json", write)
+    with pytest.raises(InputError, match="has no actions, and of videos alone a policy learns nothing"):
+        finetune.train(run_args(f"{data}@{tmp_path / 'free.json'}", tmp_path / "run"), h.process())
+
+
+@pytest.mark.parametrize("key", ["student_config", "tokens", "args"])
+def test_incomplete_metadata(overfitted, tmp_path, key):
+    shutil.copytree(overfitted, tmp_path / "run")
+    path = common.checkpoints(tmp_path / "run")[-1] / "meta.json"
+    meta = common.read_json(path)
+    common.write_json(path, {k: v for k, v in meta.items() if k != key})
+    with pytest.raises(InputError, match=f"is damaged .no {key} in meta.json.: delete it"):
+        finetune.load_policy(tmp_path / "run")
 
 
 def test_gripper_columns():
