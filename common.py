@@ -679,7 +679,10 @@ def is_pi05(source: str) -> bool:
     """Whether a folder or hub name holds pi0.5 as lerobot writes it. Raises OSError where it has no config.json."""
     from transformers.utils import cached_file
 
-    return json.loads(Path(cached_file(source, "config.json")).read_text()).get("type") == "pi05"
+    found = cached_file(source, "config.json")
+    if found is None:  # a folder, but without it
+        raise OSError(f"no config.json in {source}")
+    return json.loads(Path(found).read_text()).get("type") == "pi05"
 
 
 def pi05_rest() -> dict[str, tuple[int, ...]]:

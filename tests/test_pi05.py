@@ -277,7 +277,8 @@ def test_the_expert_beside_a_distilled_student(base, tmp_path, capsys):
     args = policy_args(tmp_path / "run", expert=str(base))
     model = finetune.build(args)
     assert "base: loaded 35 tensors" in capsys.readouterr().out  # 3 layers of 11, and the last norm
-    alone = finetune.build(policy_args(base))
+    alone = finetune.build(policy_args(base, expert=str(base)))  # Table 4's baseline
+    assert finetune.Args().expert == "lerobot/pi05_base" and finetune.expert_size(str(base)) == "300m"
     assert all(torch.equal(v, model.expert.state_dict()[k]) for k, v in alone.expert.state_dict().items())
     assert torch.equal(model.student.queries, distill.load_student(tmp_path / "run")[0].queries)
     meta = {"stage": "finetune", "student_config": model.student.config.to_dict(), "tokens": model.student.tokens,
@@ -291,6 +292,8 @@ def test_the_expert_beside_a_distilled_student(base, tmp_path, capsys):
         (tmp_path / "other/config.json").write_text("{}")
         with pytest.raises(InputError, match=f"unknown --expert .*choose one of .*pi0.5 .*{why}"):
             finetune.build(replace(args, expert=str(source)))
+    with pytest.raises(InputError, match="unknown --expert"):  # never random weights instead
+        finetune.build(replace(args, expert=args.init))
 
 
 # -- whole or not at all -----------------------------------------------------------------------------------------------
