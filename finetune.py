@@ -24,9 +24,9 @@ Reads a LeRobot data set (--data) and a student (--init): a distilled one from s
 args.json, metrics.jsonl, checkpoints/step_*/ with everything a robot needs; `load_policy` reads them.
 
 Where we depart from the paper, or fill in what it does not say:
- 1. The expert is pi0.5's Gemma of 300M in shape, but answers in one pass instead of ten denoising steps: the paper's
-    losses are a squared error and a cross-entropy, which need no noise. Where pi0.5's weights are given, it starts as
-    theirs at the first of these steps (see `pi05_expert`), else from random ones.
+ 1. The expert is pi0.5's Gemma of 300M, but answers in one pass instead of ten denoising steps: the paper's losses are
+    a squared error and a cross-entropy, which need no noise. It starts as pi0.5's at the first of these steps (see
+    `pi05_expert`), beside a distilled student as beside pi0.5's own, so that Table 4 compares the students alone.
  2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
     before the policy looks again.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
@@ -40,8 +40,9 @@ Where we depart from the paper, or fill in what it does not say:
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,16 +76,16 @@ class Args:
     """Use only the first so many demonstrations of each task; 0 for all. Tasks are told apart as the recorder names
     them, or else by their instructions. (Table 4: 10, 50, all)"""
     init: str = "runs/paper/distill"
-    """The student: a run of distill.py; lerobot/pi05_base, with its expert, or PaliGemma (folder or hub name) for the
-    baselines; paligemma-small or paligemma-tiny for random weights. Or a run of this stage, whose student and expert
-    then learn other data: normalisation is that of the new data, not its own. (Sec. 3.3)"""
+    """The student: a run of distill.py; lerobot/pi05_base or PaliGemma (folder or hub name) for the baselines;
+    paligemma-small or paligemma-tiny for random weights. Or a run of this stage, whose student and expert then learn
+    other data: normalisation is that of the new data, not its own. (Sec. 3.3)"""
     out: str = "runs/paper/finetune"
     """Run folder: log and checkpoints."""
     resume: bool = False
     """Continue the run in `out` from its last checkpoint, bit for bit."""
-    expert: str = "300m"
-    """The action expert: 300m, small or tiny from random weights; or pi0.5 (folder or hub name), to start from its own
-    beside whatever student. (pi0.5's)"""
+    expert: str = "lerobot/pi05_base"
+    """The action expert: pi0.5 (folder or hub name), to start from its own beside whatever student; or 300m, small
+    or tiny from random weights (300m beside pi0.5 itself: its own). (our choice: one start for all rows of Table 4)"""
     cameras: tuple[str, ...] = ("primary", "wrist")
     """The views that the policy gets, one to three. (Fig. 3: multi-view)"""
     chunk: int = 16
@@ -119,8 +120,9 @@ class Args:
     """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do. (our choice)"""
     checkpointing: bool = False
     """Recompute activations in the backward pass. (our choice)"""
-    val_every: int = 20
-    """One episode in so many is held out for validation; 0: none, training windows are measured. (our choice)"""
+    val_every: int = 0
+    """One episode in so many is held out for validation, also of the few that --episodes leaves; 0: none, training
+    windows are measured. (our choice: trials judge a policy, and 10 demonstrations are to be 10)"""
     val_samples: int = 64
     """Held-out windows measured at each save. (our choice)"""
     save_every: int = 2000
@@ -146,7 +148,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/pick_cup",), init="runs/small/distill", out="runs/small/finetune", expert="small",
-    latents=(16, 16), batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, val_every=0,
+    latents=(16, 16), batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True,
     save_every=500, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
@@ -234,8 +236,7 @@ class VLA(nn.Module):
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
     def freeze_unread(self) -> None:
-        """Excludes from training what `forward` never runs: the expert reads keys and values, so nothing behind those
-        of the student's last layer matters."""
+        """Excludes from training what `forward` never runs (departure 5)."""
         last = self.student.vlm.language_model.layers[-1]
         for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
                        last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
@@ -258,7 +259,7 @@ class VLA(nn.Module):
                 x, y = checkpoint(side_by_side, layer, beside, x, y, of_x, of_y, use_reentrant=False)
             else:
                 x, y = side_by_side(layer, beside, x, y, of_x, of_y)
-        read = KeysAndValues(*keys_and_values(student.layers[-1], x, x_rope))  # nobody reads what is behind them
+        read = KeysAndValues(*keys_and_values(student.layers[-1], x, x_rope))
         y = expert.layers[-1](y, past_key_values=read, **of_y)
         return self.action_out(expert.norm(y)[:, 1:])
 
@@ -302,17 +303,16 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
 
     Raises InputError where --init names no student, no policy, no pi0.5 and no PaliGemma, for a policy of another
     shape, and for an unknown --expert."""
-    size, rest = (args.expert if args.expert in EXPERT_SIZES else "300m"), {}
+    size, rest = expert_size(args.expert), {}
     if checkpoint:
         meta = common.load_meta(checkpoint, "student_config", "tokens", "latent_dim")
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
         return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
-    if found := _policy(args.init):
+    if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune":
         then = common.load_args(Args, common.load_meta(found, "args"))
-        there = {"expert": then.expert if then.expert in EXPERT_SIZES else "300m", "chunk": then.chunk,
-                 "cameras": list(then.cameras)}  # fmt: skip
-        here = {"expert": args.expert, "chunk": args.chunk, "cameras": list(args.cameras)}
+        there, here = ({"expert": expert_size(a.expert), "chunk": a.chunk, "cameras": list(a.cameras)}
+                       for a in (then, args))  # fmt: skip
         if there != here:
             raise InputError(f"--init {args.init} is a policy with {there}, and this command asks for {here}: give the "
                              f"same --expert, --chunk and --cameras, or its student, {then.init}, as --init")
@@ -320,7 +320,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         common.load_weights(model, found)
         return model
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
-    if args.expert not in EXPERT_SIZES:
+    if args.expert not in EXPERT_SIZES and args.expert != args.init:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
     if args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
         vlm, tokenizer = common.load_vlm(args.init)
@@ -334,6 +334,8 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
                          f"distill.py, or a folder or hub name (owner/model) of pi0.5 or PaliGemma")  # fmt: skip
     else:
         student = distill.load_student(args.init)[0]
+    if args.expert not in EXPERT_SIZES and not rest:
+        _pi05_rest(args.expert)  # says why
     model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     if rest:
         found = sources[args.expert if args.expert in sources else args.init]
@@ -345,6 +347,11 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     if sources:
         common.report_loading(model, sources)
     return model
+
+
+def expert_size(expert: str) -> str:
+    """The name in EXPERT_SIZES of what --expert asks for."""
+    return expert if expert in EXPERT_SIZES else "300m"
 
 
 def _pi05_rest(source: str) -> dict[str, Tensor]:
@@ -361,11 +368,19 @@ def _pi05_rest(source: str) -> dict[str, Tensor]:
                      f"pi0.5 ({why})")  # fmt: skip
 
 
-def _policy(init: str) -> Path | None:
-    """The checkpoint that --init names, if it is one of this stage."""
+def _run(init: str) -> Path | None:
+    """The checkpoint that --init names, if it is one of ours."""
     path = Path(init)
-    found = path if (path / "meta.json").exists() else next(reversed(common.checkpoints(path)), None)
-    return found if found and common.load_meta(found)["stage"] == "finetune" else None
+    return path if (path / "meta.json").exists() else next(reversed(common.checkpoints(path)), None)
+
+
+def origin(init: str) -> dict[str, Any] | None:
+    """Which checkpoint of ours --init names, for the metadata of what is made of it: its stage, step, time and commit.
+    None for published and for random weights."""
+    if not (found := _run(init)):
+        return None
+    meta = common.load_meta(found, "time", "commit")
+    return {k: meta[k] for k in ("stage", "step", "time", "commit")}
 
 
 def _hub_name(name: str) -> bool:
@@ -614,9 +629,10 @@ def shard(model: VLA, process: Process) -> None:
 
 
 def train(args: Args, process: Process) -> None:
-    check(args)
     run, kept = common.open_run(args.out, args, process, args.resume)
+    init = common.load_meta(kept).get("init") if kept else origin(args.init)
     model = build(args, kept).to(process.device).train()
+    args = replace(args, latents=model.student.tokens)  # a distilled student brings its own
     size = model.student.image_size
     windows = make_windows(args, size, "train")
     held_out = make_windows(args, size, "val") if args.val_every else windows
@@ -640,11 +656,13 @@ def train(args: Args, process: Process) -> None:
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
             "tokens": model.student.tokens, "latent_dim": model.student.head.out_features,
-            "pictures": picture_sizes(windows), "statistics": windows.statistics()}  # fmt: skip
+            "init": init, "pictures": picture_sizes(windows), "statistics": windows.statistics()}  # fmt: skip
     if process.main:
         print(windows.summary())
-        print(f"parameters: student {count(model.student):.2f} M from {args.init}, expert {count(model.expert):.2f} M, "
-              f"trained {count(model, trained=True):.2f} M; commit {common.git_commit()}")  # fmt: skip
+        at = f" (step {init['step']}, commit {init['commit']})" if init else ""
+        print(f"parameters: student {count(model.student):.2f} M from {args.init}{at}, "
+              f"expert {count(model.expert):.2f} M, trained {count(model, trained=True):.2f} M; "
+              f"commit {common.git_commit()}")  # fmt: skip
     shard(model, process)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
@@ -706,6 +724,7 @@ def check(args: Args) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
+    check(args)
     process = common.setup(args.seed, args.replicas, args.cpu_bf16)
     train(args, process)
     common.teardown(process)

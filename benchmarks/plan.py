@@ -388,7 +388,8 @@ def plan_finetune(args: finetune.Args) -> Stage:
     def build(checkpointing: bool) -> nn.Module:
         vlm, tokenizer = make_vlm(args.init if known else same)
         student = distill.Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
-        model = finetune.VLA(student, args.expert, args.chunk, len(args.cameras), checkpointing).train()
+        size = finetune.expert_size(args.expert)
+        model = finetune.VLA(student, size, args.chunk, len(args.cameras), checkpointing).train()
         model.freeze_unread()
         return model
 

@@ -92,7 +92,7 @@ def make_models(size: str, args: Args, process: common.Process) -> tuple[finetun
     with process.device:
         vlm = tf.PaliGemmaForConditionalGeneration._from_config(config.vlm_config, dtype=torch.float32)
         student = Student(vlm, common.make_tokenizer(), preset.latents, config.vlm_config.text_config.hidden_size)
-        ours = finetune.VLA(student, preset.expert, preset.chunk, 1)
+        ours = finetune.VLA(student, finetune.expert_size(preset.expert), preset.chunk, 1)
         pi0 = tf.PI0ForConditionalGeneration._from_config(config, dtype=process.dtype).eval()
     ours.freeze_unread()
     return ours, pi0

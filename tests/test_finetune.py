@@ -69,6 +69,33 @@ def test_loss_by_hand():
     assert finetune.policy_loss(actions, target, mask, torch.tensor([2.0, 4.0]))[0].item() == pytest.approx(loss / 2)
 
 
+def test_validation_in_closed_form(monkeypatch):
+    """Two windows of one step: the right hand is off by 3 and 4 normalised units, of 2 mm and 1 mm, in the first and
+    by nothing in the second; two of three grippers are right. Of a third window nothing is valid."""
+    x, gripper = ACTION_NAMES.index("right_x"), ACTION_NAMES.index("right_gripper")
+    target, mask = torch.zeros(3, 1, 44), torch.zeros(3, 1, 44, dtype=torch.bool)
+    mask[:2, :, x : x + 3] = mask[:2, :, gripper] = mask[0, :, GRIPPERS[0]] = True
+    target[:, :, gripper] = 1
+    actions = target.clone()
+    actions[..., GRIPPERS[0]] = -1
+    actions[0, 0, x : x + 2] = torch.tensor([3.0, 4.0])
+    actions[:, 0, gripper] = torch.tensor([2.0, -2.0, -2.0])
+    actions[2] = 50
+    scale = torch.ones(44)
+    scale[x : x + 2] = torch.tensor([0.002, 0.001])
+    norm = type("Norm", (), {"scale": scale})
+    windows = type("AllWindows", (), {"action_norms": [norm]})
+    model = type("Model", (), {"eval": lambda self: self, "train": lambda self: self,
+                               "__call__": lambda self, images, state, texts: actions[state.long()]})()  # fmt: skip
+    batches = [{"action": target[i], "action_mask": mask[i], "state": i, "instruction": [],
+                "primary": torch.zeros(1, 1)} for i in torch.arange(3).split(2)]  # fmt: skip
+    monkeypatch.setattr(finetune, "held_out_batches", lambda *_: batches)
+    mean = torch.ones(1, 44)
+    out = finetune.validate(model, windows, mean, run_args("", "", cameras=("primary",)), h.process())
+    assert out == pytest.approx({"val_ee": 25 / 6, "val_ee_mean": 1, "val_gripper_accuracy": 2 / 3,
+                                 "val_millimetres": math.hypot(6, 4) / 2})  # fmt: skip
+
+
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +351,22 @@ def test_augment():
         flat = (finetune.augment(ramp, torch.arange(n), 0).float().diff(dim=axis) == 0).movedim(axis, 1).flatten(2)
         repeated = flat[:, :, 0].sum(1)
         assert torch.equal(repeated, shifts[axis - 3].abs()) and (flat == flat[:, :, :1]).all()
+
+
+def test_augmented_pictures_are_for_training_alone(data, tmp_path, monkeypatch):
+    """What `augment` makes, of the samples' own numbers, is what the model learns from; validation sees no such."""
+    drawn, seen, forward = [], [], finetune.VLA.forward
+    made = torch.full((1,), 77, dtype=torch.uint8)
+    monkeypatch.setattr(finetune, "augment", lambda x, index, seed: drawn.append((index, seed)) or made.expand_as(x))
+    monkeypatch.setattr(finetune.VLA, "forward", lambda self, images, *rest: (
+        seen.append((self.training, bool((images == 77).all()))) or forward(self, images, *rest)))  # fmt: skip
+    for augment in (True, False):
+        seen.clear()
+        args = run_args(data, tmp_path / str(augment), augment=augment, steps=2, seed=5)
+        finetune.train(args, h.process())
+        assert {training for training, _ in seen} == {True, False}
+        assert all(shown == (training and augment) for training, shown in seen)
+    assert [(index.tolist(), seed) for index, seed in drawn] == [([0, 1, 2, 3], 5), ([4, 5, 6, 7], 5)]
 
 
 # -- the policy --------------------------------------------------------------------------------------------------------
@@ -645,6 +688,22 @@ def test_resume_is_exact(data, tmp_path):
         finetune.train(replace(args, resume=True), h.process())
 
 
+def test_a_policy_says_where_it_comes_from(data, tmp_path):
+    """Step, time and commit of the run that it began with, also when it was resumed after that run had gone; and how
+    many latents it really has."""
+    run = h.save_student(tmp_path / "student", h.make_student())
+    began = common.load_meta(common.find_checkpoint(run, "distill"))
+    args = run_args(data, tmp_path / "run", init=str(run), latents=(7, 7), steps=2, save_every=1)
+    finetune.train(args, h.process())
+    shutil.rmtree(run)
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000002")
+    finetune.train(replace(args, resume=True), h.process())
+    meta = common.load_meta(common.find_checkpoint(tmp_path / "run", "finetune"))
+    assert meta["init"] == {k: began[k] for k in ("stage", "step", "time", "commit")} and meta["init"]["time"] > 0
+    assert meta["args"]["latents"] == meta["tokens"] == [3, 2]
+    assert finetune.origin(args.out)["stage"] == "finetune" and finetune.origin("paligemma-micro") is None
+
+
 def test_init_from_a_policy(data, overfitted, tmp_path):
     """All its weights go on, and the normalisation is that of the new data; a policy of another shape is refused."""
     other = changed_copy(data, tmp_path / "other", "stats", wider)
@@ -687,8 +746,11 @@ def test_bad_arguments(data, tmp_path):
         ({"episodes": 3}, "has 2 episodes of '.*', fewer than 3: lower --episodes"),
     ]
     for k, (changes, message) in enumerate(cases):
+        args = run_args(data, tmp_path / str(k), **changes)
         with pytest.raises(InputError, match=message):
-            finetune.train(run_args(data, tmp_path / str(k), **changes), h.process())
+            finetune.check(args)
+            finetune.train(args, h.process())
+    assert (finetune.Args().val_every, finetune.SMALL.val_every) == (0, 0)  # --episodes 10 learns from 10
 
 
 def test_a_policy_never_claims_another_rate(data, tmp_path):
