@@ -56,6 +56,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import common
 from common import InputError, Process
@@ -401,6 +402,18 @@ def validate(student: Student, teacher: LAM, windows: Windows, args: Args, proce
     }  # fmt: skip
 
 
+def tell(student: Student, windows: Windows, process: Process, samples: int = 4) -> None:
+    """Prints the sentences that the student writes of a few windows, beside the true ones. Not on several ranks, whose
+    shards know no `describe`: there they come from evaluate.py."""
+    if process.world > 1:
+        return
+    batch = to_device(collate([windows[i] for i in range(samples)]), process.device)
+    student.eval()
+    for written, true in zip(student.describe(batch["first"], batch["instruction"]), phases(batch), strict=True):
+        tqdm.write(f"subtask written: {written!r}   true: {true!r}")
+    student.train()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Data, sharding
 # --------------------------------------------------------------------------------------------------------------------
@@ -549,13 +562,9 @@ def train(args: Args, process: Process) -> None:
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(student, teacher, held_out, args, process))
+            tell(student, held_out, process)
             common.save_checkpoint(run, done, student, optimizer, meta | {"tally": tally}, tokenizer, process)
     log.close()
-    if process.main and process.world == 1:
-        batch = to_device(collate([held_out[i] for i in range(4)]), process.device)
-        student.eval()
-        for written, true in zip(student.describe(batch["first"], batch["instruction"]), phases(batch), strict=True):
-            print(f"subtask written: {written!r}   true: {true!r}")
     if process.main:
         print(f"done: {run}")
     del student, teacher, optimizer, update, trained  # before the process group goes (see common.teardown)

@@ -352,7 +352,7 @@ def test_resume_is_exact(data, teacher_run, tmp_path, capsys):
     resumed: another teacher, other data."""
     args = run_args(data, teacher_run, tmp_path / "run", accumulate=2)
     distill.train(args, h.process())
-    assert "subtask written" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("subtask written") == 2 * 4  # at each validation
     run, before = tmp_path / "run", h.log(tmp_path / "run")
     last = run / "checkpoints/step_00000004"
     whole = (last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()
@@ -376,10 +376,17 @@ def test_resume_is_exact(data, teacher_run, tmp_path, capsys):
 
 
 def test_shuffle(data, teacher_run, tmp_path, monkeypatch):
-    """The student is taught other samples' Z and its own text; validation is as ever."""
+    """The student is taught Z of the whole clip and the subtask's text, or with --shuffle other samples' Z and its own
+    text; validation is as ever."""
     teacher, teacher_args, _ = lam.load_lam(teacher_run)
-    loss, taught, logs = distill.distill_loss, [], []
-    monkeypatch.setattr(distill, "distill_loss", lambda hat, z, *rest: taught.append(z) or loss(hat, z, *rest))
+    loss, taught, written, logs = distill.distill_loss, [], [], []
+
+    def watched(hat, z, logits, words, *rest):
+        taught.append(z)
+        written.append(words)
+        return loss(hat, z, logits, words, *rest)
+
+    monkeypatch.setattr(distill, "distill_loss", watched)
     for shuffle in (False, True):
         args = run_args(data, teacher_run, tmp_path / str(shuffle), shuffle=shuffle)
         torch.manual_seed(0)
@@ -392,6 +399,8 @@ def test_shuffle(data, teacher_run, tmp_path, monkeypatch):
         with torch.no_grad():
             z = torch.cat(teacher.eval().encoder(batch["video"], batch["instruction"]), 1)
         close(taught[step], z)
+        ids, valid = student.ids(batch["subtask"], end=student.tokenizer.eos_token)
+        assert all(torch.equal(words, ids.masked_fill(~valid, -100)) for words in (written[step], written[2 + step]))
         close(taught[2 + step], z[distill.another(batch["index"], args.seed)])
         own = batch["window"] == batch["window"][distill.another(batch["index"], args.seed)]  # drawn twice
         assert ((taught[2 + step] - z).abs().amax((1, 2)) > 0.01).equal(~own) and own.sum() < 3
@@ -431,6 +440,36 @@ def test_texts_are_checked_at_the_start(data, teacher_run, tmp_path):
         with pytest.raises(InputError, match=message):
             distill.train(run_args(tmp_path / f"data{i}", teacher_run, tmp_path / f"run{i}"), h.process())
         assert not common.read_metrics(tmp_path / f"run{i}")
+
+
+class Told:
+    """A student and a teacher in one: what they answer stands in the batch."""
+
+    def __init__(self):
+        self.eval = self.train = self.encoder = lambda *given: (given[0][:, :1], given[0][:, 1:]) if given else self
+
+    def __call__(self, first, instructions, texts):
+        logits = torch.zeros(len(first), 2, 4)
+        logits[:, :, 3] = torch.tensor([9.0 if i == "drop" else 0.0 for i in instructions])[:, None]
+        return first, logits, torch.tensor([[0, -100] if t == "short" else [0, 1] for t in texts])
+
+
+def test_validation_in_closed_form(monkeypatch):
+    """Zhat is twice Z, so that each has cosine 1 with its own; the text is uniform over four words, five times. What
+    fills up the last batch is not counted."""
+    z = torch.tensor([[1.0, 0], [0, 1], [0, -1], [7, 7]])[:, None].expand(-1, 2, -1)
+    batches = [
+        {"video": z[i], "first": 2 * z[i], "instruction": [("", "drop")[k == 3] for k in i.tolist()],
+         "subtask": [("short", "a longer text")[k > 0] for k in i.tolist()], "counted": i < 3}
+        for i in torch.arange(4).split(2)
+    ]  # fmt: skip
+    monkeypatch.setattr(distill, "held_out_batches", lambda *_: batches)
+    out = distill.validate(Told(), Told(), None, replace(distill.TINY, val_samples=3), h.process())
+    kl = (F.softmax(2 * z[:3], -1) * (F.log_softmax(2 * z[:3], -1) - F.log_softmax(z[:3], -1))).sum(-1).mean()
+    assert out == pytest.approx({
+        "val_mse": 1 / 2, "val_kl": kl.item(), "val_mse_mean": (4 / 9 + 10 / 9 + 10 / 9) / 6,
+        "val_cosine": 1, "val_cosine_shuffled": -1 / 3, "val_perplexity": 4,
+    })  # fmt: skip
 
 
 def test_an_empty_subtask_is_the_instruction():
