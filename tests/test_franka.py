@@ -474,6 +474,22 @@ def test_a_chunk_policy_executes_part_of_each_chunk():
     assert len(frames) == 12 + HZ and frames[0].dtype == np.uint8
 
 
+def test_a_chunk_is_executed_in_order():
+    """Row by row, `execute` of them, then anew; and cameras that the robot has not are named."""
+    fake = FakePolicy()
+    rows = np.arange(8, dtype=np.float32)[:, None] / 10 + np.zeros(44, np.float32)
+    fake.act = lambda images, state, instruction: rows[None]
+    policy = ChunkPolicy(fake, "fake")
+    policy.reset(None)
+    images = {camera: np.zeros((64, 64, 3), np.uint8) for camera in fake.cameras}
+    seen = franka.Observation(images, np.zeros(8, np.float32))
+    actions = np.stack([policy.act(seen, "go") for _ in range(8)])
+    np.testing.assert_allclose(actions[:, 0], [0, 0.1, 0.2, 0.3] * 2, atol=1e-6)
+    policy.reset(None)
+    with pytest.raises(InputError, match=r"fake wants cameras \['wrist'\]; the robot has \['primary'\]"):
+        policy.act(franka.Observation({"primary": images["primary"]}, seen.state), "go")
+
+
 def test_a_policy_gets_pictures_as_large_as_it_learned_from(tmp_path, monkeypatch, capsys):
     """By itself, in both runners (FakePolicy asserts it); another size is one line that names both."""
     policy = ChunkPolicy(FakePolicy(), "fake")
