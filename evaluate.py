@@ -500,7 +500,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
             if split == "val" and "sentences" not in out:
                 wrote = student.describe(given[0][:4], given[1][:4])
                 out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
-                                    zip(batch["instruction"], wrote, batch["subtask"], strict=False)]  # fmt: skip
+                                    zip(batch["instruction"], wrote, distill.phases(batch), strict=False)]  # fmt: skip
             with amp():
                 row = {"undistilled": before(*given), "pixels": pixels(batch["first"])}
                 row |= distill.foresee(student, teacher, batch) if split == "val" else {"hat": student(*given)}

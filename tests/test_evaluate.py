@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import imageio.v3 as iio
@@ -258,6 +259,22 @@ def test_the_undistilled_student_is_the_one_that_training_began_with(world, monk
     more = distill.validate(student, teacher, windows, replace(trained, val_samples=8), CPU)
     same = ("mse", "kl", "mse_mean", "cosine", "perplexity")
     assert {k: out[k] for k in same} == pytest.approx({k: more[f"val_{k}"] for k in same}, rel=1e-4)
+
+
+def test_another_teacher_and_blank_subtasks(world, tmp_path, monkeypatch):
+    """A student is judged beside the teacher that it learned from alone; where a data set names no subtask, the true
+    text is the instruction, as in training."""
+    original = evaluate.batches
+    blank = lambda *args: (batch | {"subtask": [""] * len(batch["subtask"])} for batch in original(*args))
+    monkeypatch.setattr(evaluate, "batches", blank)
+    args = replace(evaluate.TINY, lam=str(world / "lam"), student=str(world / "distill"), samples=8, probe_samples=8)
+    told = evaluate.report_student(args, CPU)["sentences"]
+    assert len(told) == 4 and all(s["true"] == s["instruction"] for s in told)
+    shutil.copytree(world / "lam", tmp_path / "lam")
+    path = common.checkpoints(tmp_path / "lam")[-1] / "meta.json"
+    common.write_json(path, common.read_json(path) | {"time": 0.0})
+    with pytest.raises(common.InputError, match="is now at step 8 of .*: distil again, or give its --lam"):
+        evaluate.report_student(replace(args, lam=str(tmp_path / "lam")), CPU)
 
 
 def test_results_say_how_to_repeat_them(report, world, tmp_path):
