@@ -130,7 +130,7 @@ def test_two_nodes_equal_one_rank(rough, one):
     same_losses(one, metrics(rough / "nodes"))
 
 
-@pytest.mark.parametrize("stage,replicas", [("distill", 1), ("finetune", 2)])
+@pytest.mark.parametrize("stage,replicas", [("distill", 1), ("finetune", 1), ("finetune", 2)])
 def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
     more = ["--steps", 4, "--lr", 1e-4]
     forked(*stage_command(stage, world, tmp_path / "one", *more))
@@ -142,6 +142,14 @@ def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
 def in_bfloat16():
     here = common.here
     common.here = lambda: replace(here(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("stage,part", [("distill", "mse"), ("finetune", "ee")])
+def test_the_later_stages_in_bfloat16(stage, part, world, tmp_path):
+    """Sharded in bfloat16 the losses stay near those of one rank in float32."""
+    forked(*stage_command(stage, world, tmp_path / "one", "--steps", 2, "--lr", 1e-4))
+    forked_ranks(*stage_command(stage, world, tmp_path / "two", "--steps", 2, "--lr", 1e-4, *TWO), before=in_bfloat16)
+    same_losses(*([line for line in metrics(tmp_path / run) if part in line] for run in ("one", "two")), rtol=0.05)
 
 
 def test_bfloat16_under_sharding(rough, one, tmp_path):
