@@ -59,7 +59,7 @@ results: env
 # Makes data/tiny anew: 15 demonstrations of each of the five tasks, two cameras.
 data: env
 	rm -rf runs/data/tiny
-	$(PY) franka.py --record 15 --task all --image-size 64 --out runs/data/tiny
+	$(PY) franka.py --tiny --record 15 --task all --out runs/data/tiny
 	rm -rf data/tiny && mv runs/data/tiny data/tiny
 
 clean:
