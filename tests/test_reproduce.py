@@ -174,6 +174,7 @@ def wait_for(what, seconds: float = 120.0):
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_kill_in_the_middle(make, monkeypatch, kind):
     """The stage dies with the queue; the next one goes on where it was, at once, and adds up the time."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in a shell's background has it ignored
     monkeypatch.setattr(reproduce, "HEARTBEAT", 0.1)
     queue = make(a="--steps 30 --wait 0.1", b="--init {a} --steps 1")
     steps = queue.work / "a/steps"
