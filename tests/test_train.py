@@ -242,6 +242,7 @@ ALLOWED = {
     "data.windows": {"common", "data.quantiles", "data.lerobot"},
     "lam": DATA | {"data.mixture"}, "distill": DATA | {"data.mixture", "lam"}, "finetune": DATA | {"lam", "distill"},
     "evaluate": DATA | {"lam", "distill", "finetune", "franka"}, "franka": {"common", "data.lerobot"},
+    "pretrain": {"common", "data.scenes", "data.stills"}, "reproduce": {"common"}, "report": {"common", "reproduce"},
 }  # fmt: skip
 
 
