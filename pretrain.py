@@ -217,8 +217,8 @@ class Pretraining(nn.Module):
 
 @torch.no_grad()
 def validate(model: nn.Module, args: Args, process: Process, size: int, tokenizer: Any, first: int) -> dict[str, float]:
-    """On unseen scenes, asked for single things: the losses; the distance in pixels of a box's centre from the true
-    one, its median; and the share of boxes nearer than 2 % of the image's side."""
+    """On unseen scenes, asked for up to three things: the losses; the distance in pixels of a box's centre from the
+    true one, its median; and the share of boxes nearer than 2 % of the image's side."""
     model.eval()
     found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance")}
     for k in range(0, args.val_scenes, args.scenes):
@@ -272,7 +272,7 @@ def train(args: Args, process: Process) -> None:
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             words, places, _, _, dense = model(images, batch, first)
         (words + places + dense).backward()
-        norm = update((words + places).detach())
+        norm = update((words + places + dense).detach())
         log.bar.update()
 
         done = step + 1
