@@ -505,7 +505,7 @@ _WORDS = """pick up the red cup pick up the blue cup put the block into the slot
 dip the brush in the sauce put the pot in the oven move above reach for grasp close the gripper around lift release open
 the gripper lower carry push pull slide turn stack place on top of beside left right front back plate bowl drawer towel
 carrot spoon eggplant basket green yellow orange purple white black box ball handle door lid table arm hand robot then
-user assistant Frame1: Frame2: Frame16: over under near to with and of from towards align insert hold press stir
+user assistant over under near to with and of from towards align insert hold press stir
 detect describe gripper left hand nothing ; cube brick bar tower cross puck can egg ball pink brown turquoise grey tray
 platform podium shelf dish coaster lift raise take grab set down"""
 
@@ -524,7 +524,11 @@ def make_tokenizer():
         vocab_size=1024, min_frequency=1, special_tokens=list(special), show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    core.train_from_iterator([LAM_QUESTION, LAM_ANSWER, *_WORDS.split(), _WORDS.replace("\n", " ")] * 2, trainer)
+    core.train_from_iterator([*_WORDS.split(), _WORDS.replace("\n", " ")] * 2, trainer)
+    # What the template says in every prompt is a token each: spelled out, it was half of the encoder's tokens.
+    said = f"{LAM_QUESTION}[CP_SCE]{LAM_ANSWER}".replace("{sent}", "[CP_SCE]").replace("[CP_MOT]", "[CP_SCE]")
+    core.add_tokens([part for part in said.split("[CP_SCE]") if len(part) > 1])
+    core.add_tokens([f"Frame{f}: " for f in range(1, 17)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=list(special[4:]),

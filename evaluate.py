@@ -108,7 +108,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     lam="runs/small/lam", student="runs/small/distill", policy="runs/small/finetune", out="runs/small/evaluate",
-    tasks=("pick_cup",), trials=20,
+    probe_samples=4096, tasks=("pick_cup",), trials=20,
 )  # fmt: skip
 
 
