@@ -41,7 +41,9 @@ Where we depart from the paper, or fill in what it does not say:
     --small the student starts from random weights.
  6. 138,000 steps at a batch of 256: 7 days of 16 A100s by `python -m benchmarks.plan distill`, 4.4 s a step at 40 % of
     their peak. 84 % of the arithmetic is the teacher's, which looks at 16 frames.
- 7. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
+ 7. The paper's student sees one frame. A policy sees more cameras, so at --small the student already learns to look at
+    the wrist's, where a data set has one; elsewhere that view is masked, as in pi0.5.
+ 8. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
     else, the subtask text and what validation measures among it, stays as it is.
 """
 
@@ -88,6 +90,8 @@ class Args:
     weights. (Sec. 4.1, 6.2)"""
     lambda_r: float = 0.5
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
+    more_cameras: tuple[str, ...] = ()
+    """Cameras that the student sees beside the teacher's; masked in data sets that lack them. (our choice)"""
     shuffle: bool = False
     """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8
@@ -138,9 +142,9 @@ TINY = Args(
     log_every=10, workers=0, preload=True,
 )  # fmt: skip
 SMALL = Args(
-    data=("runs/data/five_tasks",), lam="runs/small/lam", out="runs/small/distill", student="paligemma-small", batch=16,
-    accumulate=1, steps=2000, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True, checkpointing=False, val_every=10,
-    val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
+    data=("runs/data/five_tasks",), lam="runs/small/lam", out="runs/small/distill", student="paligemma-small",
+    more_cameras=("wrist",), batch=16, accumulate=1, steps=2000, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True,
+    checkpointing=False, val_every=10, val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 
@@ -168,7 +172,8 @@ def attention_mask(group: Tensor, valid: Tensor) -> Tensor:
 
 class Student(nn.Module):
     """PaliGemma with N = Ns + Nm latent queries. `forward` gives the foreseen latent actions (Eq. 3) and, if asked, the
-    logits of the subtask text (Eq. 5). It may look at several cameras (fine-tuning does); distillation shows it one.
+    logits of the subtask text (Eq. 5). It may look at several cameras: `seen`, bool (B, K), says which of them there
+    are, None that all are.
 
     tokens: (Ns, Nm); latent_dim: D. Raises InputError where `vlm` is no PaliGemmaForConditionalGeneration."""
 
@@ -209,17 +214,21 @@ class Student(nn.Module):
         more = (0, -ids.shape[1] % multiple)
         return F.pad(ids, more, value=self.tokenizer.pad_token_id), F.pad(valid, more, value=False)
 
-    def prefix(self, images: Tensor, instructions: list[str] | tuple[Tensor, Tensor], latents: bool = True):
+    def prefix(
+        self, images: Tensor, instructions: list[str] | tuple[Tensor, Tensor], latents: bool = True,
+        seen: Tensor | None = None,
+    ):  # fmt: skip
         """images uint8 (B, K, 3, H, H), instructions as texts or as `prompts` gives them -> what stands before the
-        answer: embeddings (B, L, width), group (L,), valid (B, L) and position numbers (B, L). Padding takes no
-        position. Given prompts, nothing is copied from the host, as a CUDA graph demands."""
+        answer: embeddings (B, L, width), group (L,), valid (B, L) and position numbers (B, L). Padding and views that
+        are not `seen` take no position. Given prompts, nothing is copied from the host, as a CUDA graph demands."""
         embed = self.vlm.get_input_embeddings()
         b, k = images.shape[:2]
         pixels = common.normalize_pixels(rearrange(images, "b k c h w -> (b k) c h w"), "paligemma", self.queries.dtype)
         pictures = self.vlm.get_image_features(pixels).pooler_output
         pictures = rearrange(pictures, "(b k) n d -> b (k n) d", b=b)  # (B, K n, width)
         ids, valid = instructions if isinstance(instructions, tuple) else self.prompts(instructions, k)
-        seen = torch.ones(pictures.shape[:2], dtype=torch.bool, device=images.device)
+        seen = torch.ones(b, k, dtype=torch.bool, device=images.device) if seen is None else seen
+        seen = repeat(seen, "b k -> b (k n)", n=pictures.shape[1] // k)
         parts, valid = [pictures, embed(ids).to(pictures.dtype)], torch.cat([seen, valid], 1)
         group = torch.full((valid.shape[1],), IMAGE_TEXT, device=images.device)
         if latents:
@@ -229,12 +238,14 @@ class Student(nn.Module):
         positions = valid.cumsum(1) - 1
         return torch.cat(parts, 1), group, valid, positions.clamp(min=0)
 
-    def forward(self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None):
+    def forward(
+        self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None, seen: Tensor | None = None
+    ):
         """images uint8 (B, K, 3, H, H) -> Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that
         predict their tokens, and the tokens themselves (B, S), -100 where there is none.  (Eq. 3)
 
         Raises InputError for texts that do not fit into the model's context."""
-        embeds, group, valid, positions = self.prefix(images, instructions)
+        embeds, group, valid, positions = self.prefix(images, instructions, seen=seen)
         n, before = len(self.queries), embeds.shape[1]
         if subtasks is not None:
             ids, written = self.ids(subtasks, end=self.tokenizer.eos_token)  # (B, S)
@@ -265,10 +276,12 @@ class Student(nn.Module):
         return F.linear(hidden, self.vlm.get_input_embeddings().weight.to(hidden.dtype))
 
     @torch.no_grad()
-    def describe(self, images: Tensor, instructions: list[str], limit: int = 24) -> list[str]:
+    def describe(
+        self, images: Tensor, instructions: list[str], limit: int = 24, seen: Tensor | None = None
+    ) -> list[str]:
         """The subtask sentences that the student writes, greedily, with a cache, at most `limit` tokens each; images
         uint8 (B, K, 3, H, H). Call it in eval mode, on an unsharded student."""
-        embeds, group, valid, positions = self.prefix(images, instructions, latents=False)
+        embeds, group, valid, positions = self.prefix(images, instructions, latents=False, seen=seen)
         out = self.vlm.language_model(
             inputs_embeds=embeds, attention_mask=attention_mask(group, valid), position_ids=positions, use_cache=True
         )
@@ -370,7 +383,8 @@ def foresee(student: Student, teacher: LAM, batch: dict[str, Any]) -> dict[str, 
     """Zhat and Z of a batch, `hat` and `z` (B, N, D), and of each window's subtask text the `nats` that it costs and
     its number of tokens with the end of the sentence, `words`, (B,). Call it under autocast, as in training."""
     z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
-    hat, logits, words = student(batch["first"], batch["instruction"], phases(batch))
+    images, seen = first_frames(batch)
+    hat, logits, words = student(images, batch["instruction"], phases(batch), seen)
     nats = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="none")
     nats, words = nats.view_as(words).sum(1), (words >= 0).sum(1).float()
     return {"hat": hat.float(), "z": z.float(), "nats": nats, "words": words}
@@ -408,8 +422,11 @@ def tell(student: Student, windows: Windows, process: Process, samples: int = 4)
     if process.world > 1:
         return
     batch = to_device(collate([windows[i] for i in range(samples)]), process.device)
+    images, seen = first_frames(batch)
     student.eval()
-    for written, true in zip(student.describe(batch["first"], batch["instruction"]), phases(batch), strict=True):
+    for written, true in zip(
+        student.describe(images, batch["instruction"], seen=seen), phases(batch), strict=True
+    ):
         tqdm.write(f"subtask written: {written!r}   true: {true!r}")
     student.train()
 
@@ -420,13 +437,23 @@ def tell(student: Student, windows: Windows, process: Process, samples: int = 4)
 
 
 def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> Windows:
-    """The teacher's windows, and their first frame at the student's resolution."""
+    """The teacher's windows, and their first frame at the student's resolution, from each of its cameras."""
     t = teacher_args
     views = {"video": View(t.camera, t.frames, t.image_size), "first": View(t.camera, 1, image_size)}
+    if args.more_cameras:
+        cameras = (t.camera, *(c for c in args.more_cameras if c != t.camera))
+        views |= {f"first{k or ''}": View(c, 1, image_size, optional=True) for k, c in enumerate(cameras)}
     seed = args.seed + (1 if split == "train" else 10_001)  # other windows than stage 1 drew
     sources, weights = mixture.expand(args.data, args.weights)
     return Windows(sources, views, t.frames - 1, t.hz, seed, weights, split if args.val_every else "all",
                    args.val_every, preload=args.preload)  # fmt: skip
+
+
+def first_frames(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What the student looks at: uint8 (B, K, 3, H, H), and which of these views there are, bool (B, K); None: all."""
+    names = ["first", *(f"first{k}" for k in range(1, 10) if f"first{k}" in batch)]
+    seen = torch.stack([batch[f"{n}_seen"] for n in names], 1) if "first_seen" in batch else None
+    return torch.cat([batch[n] for n in names], 1), seen
 
 
 def check_instructions(windows: Windows) -> None:
@@ -547,7 +574,8 @@ def train(args: Args, process: Process) -> None:
                 with torch.no_grad():
                     z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
                 z = z[another(batch["index"], args.seed)] if args.shuffle else z
-                hat, logits, target = student(batch["first"], batch["instruction"], phases(batch))
+                images, seen = first_frames(batch)
+                hat, logits, target = student(images, batch["instruction"], phases(batch), seen)
                 loss, parts = distill_loss(hat, z, logits, target, n_words / args.accumulate, args.lambda_r)
             (loss / args.accumulate).backward()
             for k, v in parts.items():

@@ -496,13 +496,15 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
         windows = distill.make_windows(trained, teacher_args, student.image_size, split)
         for batch in batches(windows, samples, trained.batch, process, f"student, {split}", damaged):
-            given = batch["first"], batch["instruction"]
+            images, there = distill.first_frames(batch)
+            given = images, batch["instruction"], None, there
             if split == "val" and "sentences" not in out:
-                wrote = student.describe(given[0][:4], given[1][:4])
+                few = None if there is None else there[:4]
+                wrote = student.describe(images[:4], batch["instruction"][:4], seen=few)
                 out["sentences"] = [{"instruction": i, "wrote": w, "true": t} for i, w, t in
                                     zip(batch["instruction"], wrote, distill.phases(batch), strict=False)]  # fmt: skip
             with amp():
-                row = {"undistilled": before(*given), "pixels": pixels(batch["first"])}
+                row = {"undistilled": before(*given), "pixels": pixels(images)}
                 row |= distill.foresee(student, teacher, batch) if split == "val" else {"hat": student(*given)}
             row = {k: v.float().cpu() for k, v in row.items()} | targets(batch)
             yield row | {"instruction": batch["instruction"], "text": distill.phases(batch)}

@@ -26,11 +26,13 @@ from data.quantiles import stride_for
 
 @dataclass(frozen=True)
 class View:
-    """What a stage wants to see: `frames` consecutive frames of a camera, starting now, at `size` pixels square."""
+    """What a stage wants to see: `frames` consecutive frames of a camera, starting now, at `size` pixels square. A data
+    set without this camera is an error, or gives black frames if it is `optional`."""
 
     camera: str
     frames: int
     size: int
+    optional: bool = False
 
 
 class Windows(torch.utils.data.Dataset):
@@ -44,7 +46,7 @@ class Windows(torch.utils.data.Dataset):
     Sample i is a function of (seed, i): the data set by weight (see `choose`), then one of its frames, uniformly. So
     the stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing
     can happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
-        <view>        uint8 (frames, 3, size, size) for each view
+        <view>        uint8 (frames, 3, size, size) for each view;  <view>_seen  bool, for optional ones
         action        float32 (actions, 44), normalised; grippers 0 .. 1
         action_mask   bool (actions, 44)
         state         float32 (46,), normalised;  state_mask  bool (46,)
@@ -69,8 +71,11 @@ class Windows(torch.utils.data.Dataset):
         norms = [r.normalizers(s) for r, s in zip(self.readers, self.strides, strict=True)]
         self.action_norms, self.state_norms = [n[0] for n in norms], [n[1] for n in norms]
         self.chosen, self.ends = [], []
+        cameras = {camera for reader in self.readers for camera in reader.cameras}
+        if nowhere := {v.camera for v in views.values() if v.optional} - cameras:
+            raise InputError(f"no data set has a camera {sorted(nowhere)}, they have {sorted(cameras)}")
         for reader in self.readers:
-            for camera in sorted({v.camera for v in views.values()} - set(reader.cameras)):
+            for camera in sorted({v.camera for v in views.values() if not v.optional} - set(reader.cameras)):
                 raise InputError(f"{reader.source} has no camera {camera!r}, it has {list(reader.cameras)}")
             ids = np.arange(reader.num_episodes)
             if episodes:
@@ -107,7 +112,7 @@ class Windows(torch.utils.data.Dataset):
         self._episodes: OrderedDict[tuple[int, int], dict] = OrderedDict()
         if preload:
             for reader, ids in zip(self.readers, self.chosen, strict=True):
-                for camera, size in sorted({(v.camera, v.size) for v in views.values()}):
+                for camera, size in sorted({(v.camera, v.size) for v in views.values() if v.camera in reader.cameras}):
                     reader.preload(camera, size, ids.tolist())
 
     def __len__(self) -> int:
@@ -192,6 +197,11 @@ class Windows(torch.utils.data.Dataset):
             "instruction": ep["task"], "subtask": ep["subtask"][t], "dataset": d, "window": k,
         }  # fmt: skip
         for name, view in self.views.items() if pictures else ():
+            there = view.camera in reader.cameras
+            sample |= {f"{name}_seen": there} if view.optional else {}
+            if not there:
+                sample[name] = torch.zeros(view.frames, 3, view.size, view.size, dtype=torch.uint8)
+                continue
             wanted = [min(t + f * stride, n - 1) for f in range(view.frames)]
             unique = sorted(set(wanted))
             images = reader.pictures(i, view.camera, unique, view.size)

@@ -322,6 +322,7 @@ def test_windows_refuse(dataset, tmp_path):
     for options, text in (
         ({"sources": []}, "no data"), ({"weights": [1, 2]}, "--weights"), ({"weights": [0.0]}, "--weights"),
         ({"views": {"x": View("front", 1, 32)}}, "no camera 'front'"), ({"hz": 3}, "--stride 3"),
+        ({"views": {"x": View("front", 1, 32, optional=True)}}, r"no data set has a camera \['front'\], they have"),
         ({"episodes": 6}, "5 episodes of '.*', fewer than 6"),
         ({"split": "val", "val_every": 20}, "leave none for the val split"),
     ):  # fmt: skip

@@ -448,7 +448,7 @@ class Told:
     def __init__(self):
         self.eval = self.train = self.encoder = lambda *given: (given[0][:, :1], given[0][:, 1:]) if given else self
 
-    def __call__(self, first, instructions, texts):
+    def __call__(self, first, instructions, texts, seen):
         logits = torch.zeros(len(first), 2, 4)
         logits[:, :, 3] = torch.tensor([9.0 if i == "drop" else 0.0 for i in instructions])[:, None]
         return first, logits, torch.tensor([[0, -100] if t == "short" else [0, 1] for t in texts])
@@ -470,6 +470,38 @@ def test_validation_in_closed_form(monkeypatch):
         "val_mse": 1 / 2, "val_kl": kl.item(), "val_mse_mean": (4 / 9 + 10 / 9 + 10 / 9) / 6,
         "val_cosine": 1, "val_cosine_shuffled": -1 / 3, "val_perplexity": 4,
     })  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_view_that_is_absent_changes_nothing(student):
+    """Whatever its pixels are, and as if it were not there; one that is there is looked at."""
+    images, other = h.pictures(2, 2), h.pictures(2, 2, seed=5)
+    blank = torch.stack([images[:, 0], other[:, 1]], 1)
+    seen = torch.tensor([[True, False], [True, True]])
+    for call in (student, lambda *given, seen=None: student(*given, ["lift it", "go"], seen)[1]):
+        with_both, changed = (call(x, [SHORT, LONG], seen=seen) for x in (images, blank))
+        alone = call(images[:, :1], [SHORT, LONG])
+        close(with_both[0], changed[0])
+        close(with_both[0, : alone.shape[1]], alone[0])
+        assert (with_both[1] - changed[1]).abs().max() > 1e-3
+    kept = [student.describe(x, [SHORT, LONG], 4, seen)[0] for x in (images, blank)]
+    assert kept[0] == kept[1] == student.describe(images[:, :1], [SHORT, LONG], 4)[0]
+
+
+def test_more_cameras_where_there_are(data, teacher_run, tmp_path):
+    """Of two data sets one lacks the wrist camera: there the student is told so, and it learns from both."""
+    alone = h.make_data(tmp_path / "alone", cameras=("primary",))
+    args = replace(run_args(data, teacher_run, tmp_path / "run"), data=(str(data), str(alone)), more_cameras=("wrist",))
+    _, teacher_args, _ = lam.load_lam(args.lam)
+    windows = distill.make_windows(args, teacher_args, 32, "all")
+    batch = collate([windows[i] for i in range(16)])
+    images, seen = distill.first_frames(batch)
+    assert images.shape == (16, 2, 3, 32, 32) and seen.tolist() == [[True, d == 0] for d in batch["dataset"].tolist()]
+    assert images[~seen].eq(0).all() and images[seen].flatten(1).any(1).all() and 0 < seen[:, 1].sum() < 16
+    distill.train(replace(args, preload=True), h.process())
+    assert math.isfinite(h.log(tmp_path / "run")[-1]["val_cosine"])
+    with pytest.raises(InputError, match=r"no data set has a camera \['wrst'\]"):
+        distill.make_windows(replace(args, more_cameras=("wrst",)), teacher_args, 32, "all")
 
 
 def test_an_empty_subtask_is_the_instruction():
