@@ -36,10 +36,12 @@ PAPER5 = {"univla-style": 51.0, "dla": 59.4, "uad": 61.5, "latbot": 87.5}  # the
 NAMES = {
     "none": "no distillation", "latbot": "LatBot", "univla-style": "UniVLA-style", "dla": "+ DLA", "uad": "+ UAD",
     "bc": "behaviour cloning on play", "shuffled": "Z shuffled",
+    "scratch": "random weights",
 }  # fmt: skip
 COMPARED = (  # the first is expected above the second
     ("latbot", "none"), ("latbot", "univla-style"), ("latbot", "uad"), ("latbot", "dla"), ("uad", "univla-style"),
     ("dla", "univla-style"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
+    ("none", "scratch"),
 )  # fmt: skip
 MISSING = "–"
 
@@ -195,7 +197,7 @@ def tables(records: dict[str, dict]) -> dict[str, str]:
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
         five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
     seeds = sorted({0} | {k[2] for k in cells if k[1] == few})
-    for method in ("none", "shuffled", "bc", "latbot"):
+    for method in ("scratch", "none", "shuffled", "bc", "latbot"):
         for seed in seeds if method in ("none", "latbot") else [0]:
             controls.append([NAMES[method], str(seed), *row(cells, (method, few, seed))])
     for first, second in COMPARED:

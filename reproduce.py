@@ -19,8 +19,8 @@ Where the paper is silent (all our choice):
  1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each.
  2. Seeds of placements: 1 for demonstrations, 0 for looking and tuning, which is what `franka.py` does by itself, and
     1000 for the trials here, which nothing else uses. All methods meet the same.
- 3. Every method starts from the same stand-in for pretrained models and is fine-tuned alike. Behaviour cloning on play
-    gets about the time of stages 1 and 2 together.
+ 3. Every method starts from the same stand-in for pretrained models and is fine-tuned alike; one control, "scratch",
+    without it says what it is worth. Behaviour cloning on play gets about the time of stages 1 and 2 together.
 """
 
 import ast
@@ -90,6 +90,7 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("abc", "none", 10, 0, "{start_paligemma}/hf"),
     ("c", "bc", 10, 0, "{student_bc}"),
     ("c", "shuffled", 10, 0, "{student_shuffled}"),
+    ("c", "scratch", 10, 0, "paligemma-{preset}"),
     ("b", "univla-style", 10, 0, "{student_univla-style}"),
     ("b", "uad", 10, 0, "{student_uad}"),
     ("b", "dla", 10, 0, "{student_dla}"),
