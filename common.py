@@ -221,6 +221,41 @@ def sharding(process: Process) -> dict[str, Any]:
     return {"mesh": mesh, "mp_policy": policy}
 
 
+class Optimizers(list):
+    """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and AdamW
+    for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
+
+    args: lr, betas and weight_decay of AdamW, and `muon`, Muon's learning rate, or 0 for none."""
+
+    def __init__(self, model: nn.Module, args: Any):
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        layers = [f"{name}.weight" for name, part in model.named_modules()
+                  if isinstance(part, nn.Linear) and re.search(r"\.\d+\.", name)]  # fmt: skip
+        matrices = [trained.pop(name) for name in layers if args.muon and name in trained]
+        super().__init__([torch.optim.AdamW(trained.values(), args.lr, args.betas, weight_decay=args.weight_decay)])
+        self.ratio = args.muon / args.lr
+        if matrices:
+            self.append(torch.optim.Muon(matrices, args.muon, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self for group in optimizer.param_groups]
+
+    def rate(self, lr: float) -> None:
+        """Sets AdamW's learning rate, and Muon's in proportion."""
+        for optimizer, ratio in zip(self, (1.0, self.ratio), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * ratio
+
+    def step(self) -> None:
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none)
+
+
 class Updates:
     """An optimizer's steps, with the gradient's global norm clipped. A step whose loss or gradient is not finite on any
     rank is skipped on all, counted in tally["skipped"], and leaves parameters and moments as they are.
@@ -229,7 +264,7 @@ class Updates:
 
     patience = 5
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: float, process: Process, tally: dict[str, int]):
+    def __init__(self, optimizer: torch.optim.Optimizer | Optimizers, clip: float, process: Process, tally: dict[str, int]):
         self.optimizer, self.clip, self.process, self.tally, self.in_a_row = optimizer, clip, process, tally, 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -800,7 +835,7 @@ def normalize_pixels(images: Tensor, family: str, dtype: torch.dtype) -> Tensor:
 #   args.json, metrics.jsonl
 #   checkpoints/step_00000060/     written beside and renamed: it is whole, or it is not there
 #     model.safetensors            every parameter and buffer, by name
-#     optimizer.safetensors        AdamW's moments, by parameter name
+#     optimizer.safetensors        AdamW's (and Muon's) moments, by parameter name
 #     meta.json                    stage, step, args, sizes, git commit
 #     tokenizer.json, ...          the tokenizer's own files
 # --------------------------------------------------------------------------------------------------------------------
@@ -883,7 +918,7 @@ def find_checkpoint(path: str | Path, stage: str) -> Path:
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, meta: dict, tokenizer: Any,
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers | None, meta: dict, tokenizer: Any,
     process: Process, keep: int = 2,
 ) -> None:  # fmt: skip
     """Writes a checkpoint, whole or not at all, and removes all but the newest `keep`. A step that is already there is
@@ -982,8 +1017,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
     model.load_state_dict(tensors)
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Restores AdamW's moments by parameter name, into a sharded or an unsharded model."""
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers, checkpoint: Path) -> None:
+    """Restores the moments by parameter name, into a sharded or an unsharded model."""
     from torch.distributed.checkpoint import state_dict as sd
 
     state: dict[str, dict[str, Tensor]] = {}

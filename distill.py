@@ -110,6 +110,9 @@ class Args:
     """AdamW's betas. (Sec. 6.3)"""
     weight_decay: float = 0.01
     """AdamW's weight decay. (our choice)"""
+    muon: float = 0.0
+    """Peak learning rate of Muon for the matrices of the layers, while AdamW has the rest; 0: AdamW has all, as in
+    Sec. 6.3. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
     cpu_bf16: bool = False
@@ -549,8 +552,7 @@ def train(args: Args, process: Process) -> None:
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(student, teacher, process)
-    trained = list(student.parameters())
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    optimizer = common.Optimizers(student, args)
     if kept:
         common.load_optimizer(student, optimizer, kept)
     log = common.MetricsLog(run, start, args.steps, process, "distill")
@@ -563,8 +565,7 @@ def train(args: Args, process: Process) -> None:
         began = time.perf_counter()
         batches = next(data)
         waited = time.perf_counter() - began
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
         words = sum(tokenized(tokenizer, phases(b)) for b in batches)
         n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
@@ -595,7 +596,7 @@ def train(args: Args, process: Process) -> None:
     log.close()
     if process.main:
         print(f"done: {run}")
-    del student, teacher, optimizer, update, trained  # before the process group goes (see common.teardown)
+    del student, teacher, optimizer, update  # before the process group goes (see common.teardown)
 
 
 def tokenized(tokenizer: Any, texts: list[str]) -> int:

@@ -114,6 +114,9 @@ class Args:
     """AdamW's betas. (Sec. 6.3)"""
     weight_decay: float = 0.01
     """AdamW's weight decay. (our choice)"""
+    muon: float = 0.0
+    """Peak learning rate of Muon for the matrices of the layers, while AdamW has the rest; 0: AdamW has all, as in
+    Sec. 6.3. (our choice)"""
     clip: float = 1.0
     """Largest norm of the gradient. (our choice)"""
     cpu_bf16: bool = False
@@ -664,8 +667,7 @@ def train(args: Args, process: Process) -> None:
               f"expert {count(model.expert):.2f} M, trained {count(model, trained=True):.2f} M; "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(model, process)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    optimizer = common.Optimizers(model, args)
     if kept:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
@@ -679,8 +681,7 @@ def train(args: Args, process: Process) -> None:
         began = time.perf_counter()
         batches = next(data)
         waited = time.perf_counter() - began
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         # As in lam.py: each rank's share of the global count makes the loss a mean over all valid entries.
         counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)).clamp(min=1)
         counts = counts / (process.world * args.accumulate)
@@ -709,7 +710,7 @@ def train(args: Args, process: Process) -> None:
     log.close()
     if process.main:
         print(f"done: {run}")
-    del model, optimizer, update, trained  # before the process group goes (see common.teardown)
+    del model, optimizer, update  # before the process group goes (see common.teardown)
 
 
 def check(args: Args) -> None:
