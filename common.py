@@ -222,8 +222,8 @@ def sharding(process: Process) -> dict[str, Any]:
 
 
 class Optimizers(list):
-    """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and AdamW
-    for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
+    """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
+    AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
 
     args: lr, betas and weight_decay of AdamW, and `muon`, Muon's learning rate, or 0 for none."""
 
@@ -264,7 +264,9 @@ class Updates:
 
     patience = 5
 
-    def __init__(self, optimizer: torch.optim.Optimizer | Optimizers, clip: float, process: Process, tally: dict[str, int]):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer | Optimizers, clip: float, process: Process, tally: dict[str, int]
+    ):
         self.optimizer, self.clip, self.process, self.tally, self.in_a_row = optimizer, clip, process, tally, 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -918,8 +920,8 @@ def find_checkpoint(path: str | Path, stage: str) -> Path:
 
 
 def save_checkpoint(
-    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers | None, meta: dict, tokenizer: Any,
-    process: Process, keep: int = 2,
+    run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers | None, meta: dict,
+    tokenizer: Any, process: Process, keep: int = 2,
 ) -> None:  # fmt: skip
     """Writes a checkpoint, whole or not at all, and removes all but the newest `keep`. A step that is already there is
     left as it is: a resumed run is bit-exact, so it would write the same.

@@ -47,8 +47,8 @@ Where we depart from the paper, or fill in what it does not say:
  7. At --tiny and --small nothing is pretrained: the vision encoder is trained too (a frozen random one sees nothing),
     and an invertible pixel-unshuffle stands in for the DC-AE autoencoder. --small sees 8 frames at 5 Hz, the 1.5 s of
     16 frames at 10 Hz.
- 8. Weight decay 0.01 and gradient clipping at 1 are ours. At --small Muon trains the matrices of the layers, from random
-    weights in a third of the steps (results/LOG.md); everywhere else AdamW trains all, as in Sec. 6.3.
+ 8. Weight decay 0.01 and gradient clipping at 1 are ours. At --small Muon trains the matrices of the layers, which from
+    random weights takes half the steps (results/LOG.md); everywhere else AdamW trains all, as in Sec. 6.3.
 """
 
 import math
@@ -192,9 +192,9 @@ TINY = Args(
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
     freeze_vision=False, frames=8, hz=5, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256,
-    motion_width=192, motion_heads=6, lambda_a=0.3, batch=16, accumulate=1, steps=3200, lr=1e-3, min_lr=1e-5, warmup=100,
-    muon=4e-3, cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=200, log_every=20,
-    workers=0, preload=True,
+    motion_width=192, motion_heads=6, lambda_a=0.3, batch=16, accumulate=1, steps=3200, lr=1e-3, min_lr=1e-5,
+    warmup=100, muon=4e-3, cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=200,
+    log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 

@@ -274,7 +274,37 @@ def save(run, step, model, optimizer, process, tokenizer, stage="lam", **options
     common.save_checkpoint(run, step, model, optimizer, {"stage": stage}, tokenizer, process, **options)
 
 
-def test_resuming_is_bit_exact(tmp_path, process, tokenizer):
+def make_layers(seed: int = 0):
+    """Two layers in a list, whose matrices are Muon's, what is before and behind them, and a layer that is frozen."""
+    torch.manual_seed(seed)
+    layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(3))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(*layers), torch.nn.Linear(4, 2))
+    model[1][2].requires_grad_(False)
+    args = SimpleNamespace(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, muon=4e-2)
+    return model, common.Optimizers(model, args)
+
+
+def test_muon_has_the_matrices_of_the_layers():
+    model, optimizer = make_layers()
+    names = {p: name for name, p in model.named_parameters()}
+    adam, muon = ([names[p] for group in part.param_groups for p in group["params"]] for part in optimizer)
+    assert muon == ["1.0.0.weight", "1.1.0.weight"]
+    assert set(adam) == set(names.values()) - {*muon, "1.2.0.weight", "1.2.0.bias"}
+    optimizer.rate(1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 4e-3])
+    before = [p.clone() for p in model.parameters()]
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    moved = {name for (name, p), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+    assert moved == {*names.values()} - {"1.2.0.weight", "1.2.0.bias"}
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    plain = SimpleNamespace(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, muon=0.0)
+    assert [type(part) for part in common.Optimizers(model, plain)] == [torch.optim.AdamW]
+
+
+@pytest.mark.parametrize("make_model", [make_model, make_layers])
+def test_resuming_is_bit_exact(make_model, tmp_path, process, tokenizer):
     model, optimizer = make_model()
     train(model, optimizer, 0, 3)
     save(tmp_path, 3, model, optimizer, process, tokenizer)

@@ -139,6 +139,22 @@ def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
     same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"))
 
 
+def test_muon_on_two_ranks(rough, tmp_path):
+    """Muon works on whole matrices, which no rank has, and rounds them to bfloat16: to 1e-3. A run goes on from two
+    ranks on one."""
+    more = ["--steps", 4, "--save-every", 2, "--muon", 1e-3]
+    forked(*rough_lam(rough, tmp_path / "one", *ONE, *more))
+    forked_ranks(*rough_lam(rough, tmp_path / "two", *TWO, *more))
+    same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"), rtol=1e-3)
+    rewind(tmp_path / "two", tmp_path / "on", 2)
+    forked(*rough_lam(rough, tmp_path / "on", *ONE, *more, "--resume"))
+    same_losses(metrics(tmp_path / "two"), metrics(tmp_path / "on"), rtol=1e-3)
+    adam = rough_lam(rough, tmp_path / "adam", *ONE, "--steps", 4, "--save-every", 2)
+    forked(*adam)
+    with pytest.raises(AssertionError):
+        same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "adam"), rtol=1e-3)
+
+
 def in_bfloat16():
     here = common.here
     common.here = lambda: replace(here(), dtype=torch.bfloat16)
