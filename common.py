@@ -542,7 +542,7 @@ the gripper lower carry push pull slide turn stack place on top of beside left r
 carrot spoon eggplant basket green yellow orange purple white black box ball handle door lid table arm hand robot then
 user assistant over under near to with and of from towards align insert hold press stir
 detect describe gripper left hand nothing ; cube brick bar tower cross puck can egg ball pink brown turquoise grey tray
-platform podium shelf dish coaster lift raise take grab set down"""
+platform podium shelf dish coaster lift raise take grab set down mug cabinet"""
 
 
 def make_tokenizer():
@@ -584,7 +584,7 @@ VLM_SIZES: dict[str, dict[str, Any]] = {
     "internvl-tiny": vlm_size(vision=(64, 2, 2, 128, 64, 8), text=(128, 2, 4, 2, 256)),
     "internvl-small": vlm_size(vision=(128, 3, 4, 384, 96, 12), text=(192, 3, 6, 3, 576)),
     "paligemma-tiny": vlm_size(vision=(96, 2, 4, 192, 64, 8), text=(128, 3, 4, 1, 256)),
-    "paligemma-small": vlm_size(vision=(192, 4, 4, 512, 96, 8), text=(256, 4, 8, 1, 768)),
+    "paligemma-small": vlm_size(vision=(192, 4, 4, 512, 96, 12), text=(256, 4, 8, 1, 768)),
 }
 
 # Pixel statistics each family was pretrained with.
