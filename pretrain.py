@@ -22,7 +22,8 @@ All of it is our choice:
     is: the places then follow the words that they belong to, which is learned faster.
  2. <loc0000>, <loc0008> ... <loc1016> are 128 places between two edges of the image; the target is blurred over the
     next places, since a cross-entropy does not know that numbers have an order. Words and places weigh alike.
- 3. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
+ 3. Muon instead of AdamW for the layers' matrices: it gets as far in half the steps.
+ 4. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
     linear map that is thrown away: answers alone teach a vision encoder slowly.
 """
 
@@ -65,16 +66,18 @@ class Args:
     """Scenes a step, of six stills each."""
     steps: int = 2000
     """Optimizer steps."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-5
-    """Learning rate at the last step of the cosine."""
+    lr: float = 5e-3
+    """Peak learning rate of the layers' matrices (Muon)."""
+    adam_lr: float = 1e-3
+    """Peak learning rate of all other parameters (AdamW)."""
+    min_lr: float = 0.01
+    """Learning rates at the last step of the cosine, in shares of their peaks."""
     warmup: int = 200
     """Warm-up steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.01
-    """AdamW's weight decay."""
+    """Weight decay of both."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     cpu_bf16: bool = True
@@ -204,6 +207,32 @@ def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], firs
     return words, places, expected.detach(), true
 
 
+class Optimizers(list):
+    """Muon (Jordan et al., 2024; with updates scaled to AdamW's size) for the layers' matrices, AdamW for the rest:
+    a list of both that is stepped and saved as one."""
+
+    def __init__(self, model: nn.Module, args: Args):
+        matrices, rest = [], []
+        for name, p in model.named_parameters():
+            (matrices if p.ndim == 2 and "layer" in name else rest).append(p)
+        super().__init__([
+            torch.optim.Muon(matrices, args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, args.adam_lr, args.betas, weight_decay=args.weight_decay),
+        ])  # fmt: skip
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self:
+            optimizer.zero_grad(set_to_none)
+
+
 class Pretraining(nn.Module):
     """The vision-language model, and a linear map from each patch of its vision encoder to what the patch shows."""
 
@@ -262,7 +291,7 @@ def train(args: Args, process: Process) -> None:
         then = common.load_meta(kept)
         start, tally = then["step"], then["tally"]
         common.load_weights(model, kept)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    optimizer = Optimizers(model, args)
     if kept:
         common.load_optimizer(model, optimizer, kept)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; commit {common.git_commit()}")
@@ -273,8 +302,8 @@ def train(args: Args, process: Process) -> None:
         log.write(0, validate(model, args, process, size, tokenizer, first))
     for step in range(start, args.steps):
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        for group, peak in zip(optimizer.param_groups, (args.lr, args.adam_lr), strict=True):
+            group["lr"] = peak * common.learning_rate(step, args.steps, 1.0, args.min_lr, args.warmup)
         images, batch = draw(args.seed, step, args.scenes, size, tokenizer, model.config)
         images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
         waited = time.perf_counter() - began
@@ -305,7 +334,7 @@ def train(args: Args, process: Process) -> None:
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.at_least(args, scenes=1, steps=1, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
-    common.at_least(args, lr=0, min_lr=0, weight_decay=0, betas=0)
+    common.at_least(args, lr=0, adam_lr=0, min_lr=0, weight_decay=0, betas=0)
     if args.model not in common.VLM_SIZES:
         raise InputError(f"--model {args.model}: choose one of {', '.join(common.VLM_SIZES)}; models of the hub are "
                          f"pretrained already")  # fmt: skip
