@@ -609,6 +609,14 @@ def paligemma_config(vision: dict[str, Any], text: dict[str, Any], image_token: 
     )  # fmt: skip
 
 
+def sinusoids(side: int, width: int) -> Tensor:
+    """Sines and cosines (side ** 2, width) of the row and of the column of side x side patches, with wavelengths from
+    2 side patches down to a quarter of side."""
+    pace = torch.pi / side * 2 ** (3 * torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([f(x.reshape(-1, 1) * pace) for x in (row, column) for f in (torch.sin, torch.cos)], 1)
+
+
 def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None = None):
     """A vision-language model and its tokenizer: `(model, tokenizer)`.
 
@@ -655,6 +663,10 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
             # The class leaves position embeddings at zero for pretrained weights to fill: trained from there, the
             # encoder takes long to tell places apart. Born at the scale of its patch embeddings instead (our choice).
             torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.2)
+        else:
+            # Its own are random and small: these know which patches are neighbours from the start (our choice).
+            positions = model.model.vision_tower.embeddings.position_embedding.weight
+            positions.data.copy_(0.5 * sinusoids(vision["image_size"] // vision["patch_size"], vision["hidden_size"]))
         return model, tokenizer
     try:
         if is_pi05(source):

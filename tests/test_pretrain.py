@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,7 @@ from common import InputError
 from data import stills
 from data.scenes import Scene
 
-TINY = replace(pretrain.TINY, scenes=1, steps=4, val_scenes=1, save_every=2, log_every=1)
+TINY = replace(pretrain.TINY, scenes=1, steps=4, sight=2, val_scenes=1, save_every=1, log_every=1)
 
 
 def test_a_scene_is_a_function_of_its_seed_and_number():
@@ -162,20 +163,36 @@ def test_the_loss_is_least_for_the_blurred_place():
     assert loss(blurred.roll(2).clamp(min=1e-30).log())[1] > entropy + 0.5
 
 
-def test_resumes_bit_for_bit_and_leaves_a_folder_that_loads(tmp_path):
+def test_resumes_bit_for_bit_and_leaves_a_folder_that_loads(tmp_path, monkeypatch):
+    """While the vision encoder learns alone, between, and after."""
+    monkeypatch.setattr(common, "save_checkpoint", partial(common.save_checkpoint, keep=9))
+
     def train(out, resume=False):
         pretrain.train(replace(TINY, out=str(tmp_path / out), resume=resume), common.setup(0))
+        return load_file(tmp_path / out / "checkpoints/step_00000004/model.safetensors")
 
-    train("whole")
-    train("cut")
-    shutil.rmtree(tmp_path / "cut/checkpoints/step_00000004")
-    train("cut", resume=True)
-    whole, cut = (load_file(tmp_path / f"{k}/checkpoints/step_00000004/model.safetensors") for k in ("whole", "cut"))
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    model, tokenizer = common.load_vlm(str(tmp_path / "cut/hf"))
+    whole = train("whole")
+    for at in (1, 2, 3):
+        cut = shutil.copytree(tmp_path / "whole", tmp_path / f"cut{at}")
+        for later in common.checkpoints(cut)[at:]:
+            shutil.rmtree(later)
+        again = train(f"cut{at}", resume=True)
+        assert all(torch.equal(whole[k], again[k]) for k in whole), at
+    model, tokenizer = common.load_vlm(str(tmp_path / "cut1/hf"))
     assert tokenizer.decode(tokenizer("<loc0512>", add_special_tokens=False).input_ids) == "<loc0512>"
     own = dict(model.named_parameters())
     assert own and all(torch.equal(own[k], whole[f"vlm.{k}"]) for k in own)
+
+
+def test_first_only_the_vision_encoder_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "save_checkpoint", partial(common.save_checkpoint, keep=9))
+    pretrain.train(replace(TINY, out=str(tmp_path / "run")), common.setup(0))
+    one, two, four = (load_file(path / "model.safetensors") for path in common.checkpoints(tmp_path / "run")
+                      if path.name[-1] in "124")  # fmt: skip
+    seeing = {k for k in one if ".vision_tower." in k or k.startswith("patches")}
+    assert {k for k in one if not torch.equal(one[k], two[k])} == seeing
+    late = {k for k in one if not torch.equal(two[k], four[k])}
+    assert len(late) > len(seeing) + 20 and any("language_model.layers.0" in k for k in late)
 
 
 def test_learns_where_a_scene_of_things_is():
