@@ -67,17 +67,17 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
-    steps: int = 3000
+    steps: int = 3500
     """Optimizer steps."""
     sight: int = 1000
     """The first of them, in which the vision encoder learns alone."""
-    lr: float = 5e-3
-    """Peak learning rate of the layers' matrices (Muon)."""
-    adam_lr: float = 1e-3
-    """Peak learning rate of all other parameters (AdamW)."""
-    min_lr: float = 0.01
-    """Learning rates at the last step of the cosine, in shares of their peaks."""
-    warmup: int = 200
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    muon: float = 4e-3
+    """Peak learning rate of Muon for the matrices of the layers; 0: AdamW has them, too."""
+    min_lr: float = 1e-5
+    """Learning rate at the last step of the cosine."""
+    warmup: int = 100
     """Warm-up steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
@@ -227,32 +227,6 @@ def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], firs
     return words, places, expected.detach(), true, hidden
 
 
-class Optimizers(list):
-    """Muon (Jordan et al., 2024; with updates scaled to AdamW's size) for the layers' matrices, AdamW for the rest:
-    a list of both that is stepped and saved as one."""
-
-    def __init__(self, model: nn.Module, args: Args):
-        matrices, rest = [], []
-        for name, p in model.named_parameters():
-            (matrices if p.ndim == 2 and "layer" in name else rest).append(p)
-        super().__init__([
-            torch.optim.Muon(matrices, args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, args.adam_lr, args.betas, weight_decay=args.weight_decay),
-        ])  # fmt: skip
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for optimizer in self for group in optimizer.param_groups]
-
-    def step(self) -> None:
-        for optimizer in self:
-            optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self:
-            optimizer.zero_grad(set_to_none)
-
-
 class Pretraining(nn.Module):
     """The vision-language model, and two linear maps: from each patch of its vision encoder to what the patch shows,
     and from the image's tokens behind PaliGemma's last layer, which have seen the question, to what was asked for."""
@@ -328,7 +302,7 @@ def train(args: Args, process: Process) -> None:
         then = common.load_meta(kept)
         start, tally = then["step"], then["tally"]
         common.load_weights(model, kept)
-    optimizer = Optimizers(model, args)
+    optimizer = common.Optimizers(model, args)
     if kept:
         model.speak(start > args.sight)  # what has learned has moments
         common.load_optimizer(model, optimizer, kept)
@@ -340,8 +314,7 @@ def train(args: Args, process: Process) -> None:
         log.write(0, validate(model, args, process, size, tokenizer, first))
     for step in range(start, args.steps):
         began = time.perf_counter()
-        for group, peak in zip(optimizer.param_groups, (args.lr, args.adam_lr), strict=True):
-            group["lr"] = peak * common.learning_rate(step, args.steps, 1.0, args.min_lr, args.warmup)
+        optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         images, batch = draw(args.seed, step, args.scenes, size, tokenizer, model.config)
         images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
         waited = time.perf_counter() - began
@@ -378,7 +351,7 @@ def train(args: Args, process: Process) -> None:
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.at_least(args, scenes=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
-    common.at_least(args, lr=0, adam_lr=0, min_lr=0, weight_decay=0, betas=0)
+    common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
     if args.model not in common.VLM_SIZES:
         raise InputError(f"--model {args.model}: choose one of {', '.join(common.VLM_SIZES)}; models of the hub are "
                          f"pretrained already")  # fmt: skip
