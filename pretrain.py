@@ -69,8 +69,8 @@ class Args:
     """Scenes a step, of six stills each."""
     steps: int = 3500
     """Optimizer steps."""
-    sight: int = 1000
-    """The first of them, in which the vision encoder learns alone."""
+    sight: float = 0.3
+    """Share of them, the first, in which the vision encoder learns alone."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     muon: float = 4e-3
@@ -97,7 +97,7 @@ class Args:
     """Seed of the initialisation and of the scenes."""
 
 
-TINY = Args(model="paligemma-tiny", scenes=2, steps=30, sight=10, warmup=5, val_scenes=4, save_every=10, log_every=5)
+TINY = Args(model="paligemma-tiny", scenes=2, steps=30, warmup=5, val_scenes=4, save_every=10, log_every=5)
 SMALL = Args()
 
 
@@ -298,13 +298,14 @@ def train(args: Args, process: Process) -> None:
     model, size = Pretraining(model).to(process.device).train(), model.config.vision_config.image_size
     size = size if isinstance(size, int) else size[0]
     first, start, tally = tokenizer.convert_tokens_to_ids(common.loc(0.0)), 0, {"skipped": 0}
+    alone = round(args.sight * args.steps)
     if kept:
         then = common.load_meta(kept)
         start, tally = then["step"], then["tally"]
         common.load_weights(model, kept)
     optimizer = common.Optimizers(model, args)
     if kept:
-        model.speak(start > args.sight)  # what has learned has moments
+        model.speak(start > alone)  # what has learned has moments
         common.load_optimizer(model, optimizer, kept)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; commit {common.git_commit()}")
     meta = {"stage": "pretrain", "args": asdict(args), "config": model.config.to_dict()}
@@ -318,9 +319,9 @@ def train(args: Args, process: Process) -> None:
         images, batch = draw(args.seed, step, args.scenes, size, tokenizer, model.config)
         images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
         waited = time.perf_counter() - began
-        model.speak(step >= args.sight)
+        model.speak(step >= alone)
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-            if step < args.sight:
+            if step < alone:
                 parts = {"patches": model.see(images, batch["patches"])}
             else:
                 words, places, _, _, dense = model(images, batch, first)
@@ -352,6 +353,8 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
     common.at_least(args, scenes=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
     common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
+    if args.sight > 1:
+        raise InputError(f"--sight {args.sight}: a share of the steps, at most 1")
     if args.model not in common.VLM_SIZES:
         raise InputError(f"--model {args.model}: choose one of {', '.join(common.VLM_SIZES)}; models of the hub are "
                          f"pretrained already")  # fmt: skip

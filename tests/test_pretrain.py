@@ -17,7 +17,7 @@ from common import InputError
 from data import stills
 from data.scenes import Scene
 
-TINY = replace(pretrain.TINY, scenes=1, steps=4, sight=2, val_scenes=1, save_every=1, log_every=1)
+TINY = replace(pretrain.TINY, scenes=1, steps=4, sight=0.5, val_scenes=1, save_every=1, log_every=1)
 
 
 def test_a_scene_is_a_function_of_its_seed_and_number():
