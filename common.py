@@ -544,7 +544,7 @@ the gripper lower carry push pull slide turn stack place on top of beside left r
 carrot spoon eggplant basket green yellow orange purple white black box ball handle door lid table arm hand robot then
 user assistant over under near to with and of from towards align insert hold press stir
 detect describe gripper left hand nothing ; cube brick bar tower cross puck can egg ball pink brown turquoise grey tray
-platform podium shelf dish coaster lift raise take grab set down"""
+platform podium shelf dish coaster lift raise take grab set down mug cabinet"""
 
 
 def make_tokenizer():
@@ -586,7 +586,7 @@ VLM_SIZES: dict[str, dict[str, Any]] = {
     "internvl-tiny": vlm_size(vision=(64, 2, 2, 128, 64, 8), text=(128, 2, 4, 2, 256)),
     "internvl-small": vlm_size(vision=(128, 3, 4, 384, 96, 12), text=(192, 3, 6, 3, 576)),
     "paligemma-tiny": vlm_size(vision=(96, 2, 4, 192, 64, 8), text=(128, 3, 4, 1, 256)),
-    "paligemma-small": vlm_size(vision=(192, 4, 4, 512, 96, 8), text=(256, 4, 8, 1, 768)),
+    "paligemma-small": vlm_size(vision=(192, 4, 4, 512, 96, 12), text=(256, 4, 8, 1, 768)),
 }
 
 # Pixel statistics each family was pretrained with.
@@ -609,6 +609,14 @@ def paligemma_config(vision: dict[str, Any], text: dict[str, Any], image_token: 
         text_config=text | {"model_type": "gemma"}, image_token_index=image_token,
         vocab_size=text["vocab_size"], projection_dim=text["hidden_size"], hidden_size=text["hidden_size"],
     )  # fmt: skip
+
+
+def sinusoids(side: int, width: int) -> Tensor:
+    """Sines and cosines (side ** 2, width) of the row and of the column of side x side patches, with wavelengths from
+    2 side patches down to a quarter of side."""
+    pace = torch.pi / side * 2 ** (3 * torch.arange(width // 4) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([f(x.reshape(-1, 1) * pace) for x in (row, column) for f in (torch.sin, torch.cos)], 1)
 
 
 def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None = None):
@@ -657,6 +665,10 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
             # The class leaves position embeddings at zero for pretrained weights to fill: trained from there, the
             # encoder takes long to tell places apart. Born at the scale of its patch embeddings instead (our choice).
             torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.2)
+        else:
+            # Its own are random and small: these know which patches are neighbours from the start (our choice).
+            positions = model.model.vision_tower.embeddings.position_embedding.weight
+            positions.data.copy_(0.5 * sinusoids(vision["image_size"] // vision["patch_size"], vision["hidden_size"]))
         return model, tokenizer
     try:
         if is_pi05(source):

@@ -4,7 +4,7 @@ At full size both vision-language models come pretrained on captions and on dete
 before it sees a robot. Those of --small know nothing, and no method can foresee what it does not see. Here they learn
 from rendered still scenes (`data.stills`), in PaliGemma's own words:
 
-    image, "detect red cube ; gripper"   -->   "<loc0400><loc0312><loc0456><loc0368> red cube ; <loc....> x 4 gripper"
+    image, "detect red cube ; gripper"   -->   "red cube <loc0400><loc0312><loc0456><loc0368> ; gripper <loc....> x 4"
     image, "describe"                    -->   "gripper <loc....> x 4 ; red cube <loc....> x 4", from left to right
 
     python pretrain.py --small --model paligemma-small      the student of stage 2
@@ -17,22 +17,29 @@ Reads nothing: scenes are drawn as they are needed. Writes runs/<preset>/pretrai
 checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
 
 All of it is our choice:
- 1. Half of the questions ask for up to three things, half for all that is there.
+ 1. Half of the questions ask for up to five things, half for all that is there. Where no other thing has its noun, a
+    thing is at times asked for without its colour. Unlike PaliGemma's, answers name a thing before they say where it
+    is: the places then follow the words that they belong to, which is learned faster.
  2. <loc0000>, <loc0008> ... <loc1016> are 128 places between two edges of the image; the target is blurred over the
     next places, since a cross-entropy does not know that numbers have an order. Words and places weigh alike.
- 3. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
-    linear map that is thrown away: answers alone teach a vision encoder slowly.
+ 3. Muon instead of AdamW for the layers' matrices: it gets as far in half the steps.
+ 4. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
+    linear map that is thrown away: answers alone teach a vision encoder slowly. At first it is asked alone, which takes
+    a third of the time a step. PaliGemma's image tokens see the question, too: behind its last layer each is asked
+    whether it shows what was asked for, and where that is.
 """
 
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import reduce
 from torch import Tensor, nn
 
 import common
@@ -45,6 +52,8 @@ from data.stills import NOUNS, Still, stills
 BLUR = 1.0  # standard deviation of a place's target, in places
 CLASSES = np.array([len(COLOURS) + 1, len(NOUNS) + 1])  # and none
 SHOWN = 0.08  # share of a patch that a thing must cover
+ASKED = 5  # things at most that a question names
+PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
 UNSEEN = 1_000_003  # added to the seed of the scenes that are measured
 
 
@@ -58,23 +67,27 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
-    steps: int = 2000
+    steps: int = 3500
     """Optimizer steps."""
+    sight: float = 0.3
+    """Share of them, the first, in which the vision encoder learns alone."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon: float = 4e-3
+    """Peak learning rate of Muon for the matrices of the layers; 0: AdamW has them, too."""
     min_lr: float = 1e-5
     """Learning rate at the last step of the cosine."""
-    warmup: int = 200
+    warmup: int = 100
     """Warm-up steps."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas."""
     weight_decay: float = 0.01
-    """AdamW's weight decay."""
+    """Weight decay of both."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     cpu_bf16: bool = True
     """On a CPU that has instructions for it, multiply matrices in bfloat16, as GPUs always do."""
-    val_scenes: int = 40
+    val_scenes: int = 20
     """Scenes measured at each save, which training never sees."""
     save_every: int = 250
     """Steps between checkpoints, each with a validation."""
@@ -93,17 +106,20 @@ SMALL = Args()
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
-    """A question about a still, and the answer."""
+def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str, list[int]]:
+    """A question about a still, the answer, and the numbers of the things that the question names."""
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
-        return ("detect gripper" if detect else "describe"), "nothing"
+        return ("detect gripper" if detect else "describe"), "nothing", []
     if detect:
-        asked = [still.things[i] for i in rng.permutation(len(still.things))[: rng.integers(1, 4)]]
+        nouns = [name.split()[-1] for name, _ in still.things]
+        brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
+        order = rng.permutation(len(nouns))[: rng.integers(1, ASKED + 1)].tolist()
+        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in order]
         names = " ; ".join(name for name, _ in asked)
-        return f"detect {names}", " ; ".join(f"{place(box)} {name}" for name, box in asked)
+        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked), order
     ordered = sorted(still.things, key=lambda thing: thing[1][1])
-    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
+    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered), []
 
 
 def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -132,33 +148,46 @@ def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[st
     return made
 
 
-def label_patches(still: Still, grid: int) -> np.ndarray:
-    """What each of grid x grid squares shows most of: float32 (grid ** 2, 6), the numbers of its colour and noun (of a
-    further class where there is none), and its box relative to the square's centre, in squares."""
-    size, found = len(still.image) // grid, np.zeros((grid, grid, 6), np.float32)
+def label_patches(still: Still, grid: int, asked: Sequence[int] = ()) -> np.ndarray:
+    """What each of grid x grid squares shows most of: float32 (grid ** 2, 7), the numbers of its colour and noun (of a
+    further class where there is none), its box relative to the square's centre, in squares, and as which of the things
+    `asked` for it comes, from 1, or 0."""
+    size, found = len(still.image) // grid, np.zeros((grid, grid, 7), np.float32)
     found[..., :2] = CLASSES - 1
-    for i, j in np.ndindex(grid, grid):
-        owner = still.owner[i * size : (i + 1) * size, j * size : (j + 1) * size]
-        counts = np.bincount(owner[owner >= 0], minlength=1)
-        if counts.max() >= SHOWN * owner.size:
-            name, box = still.things[counts.argmax()]
+    if still.things:
+        shown = still.owner == np.arange(len(still.things))[:, None, None]
+        shares = reduce(shown.astype(np.float32), "thing (i h) (j w) -> i j thing", "mean", h=size, w=size)
+        for i, j in np.argwhere(shares.max(-1) >= SHOWN):
+            number = int(shares[i, j].argmax())
+            name, box = still.things[number]
             *colour, noun = name.split()
             if colour and colour[0] in COLOURS:  # hands are left or right
                 found[i, j, 0] = list(COLOURS).index(colour[0])
             found[i, j, 1] = NOUNS.index(noun)
-            found[i, j, 2:] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
-    return found.reshape(-1, 6)
+            found[i, j, 2:6] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
+            found[i, j, 6] = 1 + asked.index(number) if number in asked else 0
+    return found.reshape(-1, 7)
 
 
 def patch_loss(found: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropies of colour and noun, and the error of the box where there is a thing. found (B, n, classes + 4);
-    labels (B, n, 6) as in `label_patches`."""
+    labels (B, n, 7) as in `label_patches`."""
     colours, nouns, boxes = found.float().split((*CLASSES.tolist(), 4), -1)
     numbers, there = labels[..., :2].long(), labels[..., 1] < CLASSES[1] - 1
     named = sum(F.cross_entropy(x.flatten(0, 1), numbers[..., k].flatten()) for k, x in enumerate((colours, nouns)))
-    return named + F.smooth_l1_loss(boxes[there], labels[..., 2:][there], beta=0.2, reduction="sum") / max(
-        1, 4 * there.sum()
-    )
+    return named + _box_loss(boxes, labels, there)
+
+
+def asked_loss(found: Tensor, labels: Tensor) -> Tensor:
+    """The same of what was asked for: found (B, n, 1 + ASKED + 4), whether and as which of the things, and the box."""
+    which, boxes = found.float().split((1 + ASKED, 4), -1)
+    asked = labels[..., 6].long()
+    return F.cross_entropy(which.flatten(0, 1), asked.flatten()) + _box_loss(boxes, labels, asked > 0)
+
+
+def _box_loss(boxes: Tensor, labels: Tensor, where: Tensor) -> Tensor:
+    error = F.smooth_l1_loss(boxes[where], labels[..., 2:6][where], beta=0.2, reduction="sum")
+    return error / max(1, 4 * where.sum())
 
 
 def patch_size(config: Any) -> int:
@@ -174,13 +203,15 @@ def draw(seed: int, step: int, scenes: int, size: int, tokenizer: Any, config: A
     shown = [still for k in range(scenes) for still in stills(seed, step * scenes + k, size)]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
-    return images, encode(tokenizer, config, asked) | {"patches": labels}
+    grid = size // patch_size(config)
+    labels = [label_patches(still, grid, order) for still, (_, _, order) in zip(shown, asked, strict=True)]
+    answers = encode(tokenizer, config, [pair for *pair, _ in asked])
+    return images, answers | {"patches": torch.from_numpy(np.stack(labels))}
 
 
 def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], first: int):
-    """Cross-entropies of words and of places, in nats a token, and the P places: as expected and as they are, (P,).
-    first: the id of <loc0000>."""
+    """Cross-entropies of words and of places, in nats a token; the P places, as expected and as they are, (P,); and
+    what the last layer says of all but the last token, (B, L - 1, D). first: the id of <loc0000>."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "patches")}
     pixels = common.normalize_pixels(images, model.config.model_type, torch.float32)
     hidden = model.model(pixel_values=pixels, **inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -193,49 +224,67 @@ def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], firs
     log_p = logits[is_place].log_softmax(-1)[:, first : first + common.PLACES]
     places = -(blurred * log_p).sum(-1).sum() / max(1, len(true))
     expected = (log_p.exp() * grid).sum(-1) / log_p.exp().sum(-1)
-    return words, places, expected.detach(), true
+    return words, places, expected.detach(), true, hidden
 
 
 class Pretraining(nn.Module):
-    """The vision-language model, and a linear map from each patch of its vision encoder to what the patch shows."""
+    """The vision-language model, and two linear maps: from each patch of its vision encoder to what the patch shows,
+    and from the image's tokens behind PaliGemma's last layer, which have seen the question, to what was asked for."""
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
         self.vlm, self.config = vlm, vlm.config
         self.patches = nn.Linear(vlm.config.vision_config.hidden_size, int(CLASSES.sum()) + 4)
+        self.asked = nn.Linear(vlm.config.text_config.hidden_size, 1 + ASKED + 4)
+
+    def speak(self, may: bool) -> None:
+        """Whether all learns, or the vision encoder alone."""
+        self.requires_grad_(may)
+        for module in (self.vlm.model.vision_tower, self.patches):
+            module.requires_grad_(True)
+
+    def see(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of the patches, of the vision encoder alone."""
+        pixels = common.normalize_pixels(images, self.config.model_type, torch.float32)
+        seen = self.vlm.model.vision_tower(pixel_values=pixels).last_hidden_state
+        return patch_loss(self.patches(seen[:, -labels.shape[1] :]), labels)
 
     def forward(self, images: Tensor, batch: dict[str, Tensor], first: int):
         tower, seen = self.vlm.model.vision_tower, []
         hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
         try:
-            answered = answer_loss(self.vlm, images, batch, first)
+            *answered, hidden = answer_loss(self.vlm, images, batch, first)
         finally:
             hook.remove()
         labels = batch["patches"]
-        return *answered, patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
+        dense = patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
+        if self.config.model_type == "paligemma":  # in InternVL no image token sees what comes after it
+            dense = dense + asked_loss(self.asked(hidden[:, : labels.shape[1]]), labels)
+        return *answered, dense
 
 
 @torch.no_grad()
 def validate(model: nn.Module, args: Args, process: Process, size: int, tokenizer: Any, first: int) -> dict[str, float]:
-    """On unseen scenes, asked for up to three things: the losses; the distance in pixels of a box's centre from the
-    true one, its median; and the share of boxes nearer than 2 % of the image's side."""
+    """On unseen scenes: the losses; the distance in pixels of a box's centre from the true one, its median, asked for
+    by name and (`described`) where all is told; and the share of the former nearer than 2 % of the image's side."""
     model.eval()
-    found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance")}
+    found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance", "described")}
     for k in range(0, args.val_scenes, args.scenes):
-        images, batch = draw(args.seed + UNSEEN, k, args.scenes, size, tokenizer, model.config, detect=True)
-        images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
-        with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-            words, places, expected, true, dense = model(images, batch, first)
-        centres = lambda x: x.float().view(-1, 2, 2).mean(1) * size / common.PLACES  # top left, bottom right
-        found["words"].append(words)
-        found["places"].append(places)
-        found["patches"].append(dense)
-        found["distance"].append((centres(expected) - centres(true)).norm(dim=-1))
+        for detect in (True, False):
+            images, batch = draw(args.seed + UNSEEN, k, args.scenes, size, tokenizer, model.config, detect)
+            images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                words, places, expected, true, dense = model(images, batch, first)
+            centres = lambda x: x.float().view(-1, 2, 2).mean(1) * size / common.PLACES  # top left, bottom right
+            found["distance" if detect else "described"].append((centres(expected) - centres(true)).norm(dim=-1))
+            if detect:
+                for name, value in (("words", words), ("places", places), ("patches", dense)):
+                    found[name].append(value)
     model.train()
-    distance = torch.cat(found["distance"])
+    distance, described = torch.cat(found["distance"]), torch.cat(found["described"])
     means = {f"val_{k}": torch.stack(found[k]).mean().item() for k in ("words", "places", "patches")}
-    near = (distance < 0.02 * size).float().mean().item()
-    return means | {"val_pixels": distance.median().item(), "val_near": near}
+    means |= {"val_pixels": distance.median().item(), "val_described": described.median().item()}
+    return means | {"val_near": (distance < 0.02 * size).float().mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -249,12 +298,14 @@ def train(args: Args, process: Process) -> None:
     model, size = Pretraining(model).to(process.device).train(), model.config.vision_config.image_size
     size = size if isinstance(size, int) else size[0]
     first, start, tally = tokenizer.convert_tokens_to_ids(common.loc(0.0)), 0, {"skipped": 0}
+    alone = round(args.sight * args.steps)
     if kept:
         then = common.load_meta(kept)
         start, tally = then["step"], then["tally"]
         common.load_weights(model, kept)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=args.betas, weight_decay=args.weight_decay)
+    optimizer = common.Optimizers(model, args)
     if kept:
+        model.speak(start > alone)  # what has learned has moments
         common.load_optimizer(model, optimizer, kept)
     print(f"parameters: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M; commit {common.git_commit()}")
     meta = {"stage": "pretrain", "args": asdict(args), "config": model.config.to_dict()}
@@ -264,21 +315,26 @@ def train(args: Args, process: Process) -> None:
         log.write(0, validate(model, args, process, size, tokenizer, first))
     for step in range(start, args.steps):
         began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         images, batch = draw(args.seed, step, args.scenes, size, tokenizer, model.config)
         images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
         waited = time.perf_counter() - began
+        model.speak(step >= alone)
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-            words, places, _, _, dense = model(images, batch, first)
-        (words + places + dense).backward()
-        norm = update((words + places + dense).detach())
+            if step < alone:
+                parts = {"patches": model.see(images, batch["patches"])}
+            else:
+                words, places, _, _, dense = model(images, batch, first)
+                parts = {"words": words, "places": places, "patches": dense}
+        loss = sum(parts.values())
+        loss.backward()
+        norm = update(loss.detach())
         log.bar.update()
 
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
-            values = {"words": words.item(), "places": places.item(), "patches": dense.item(), "grad_norm": norm,
-                      "lr": optimizer.param_groups[0]["lr"], **tally}  # fmt: skip
+            values = {k: v.item() for k, v in parts.items()}
+            values |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **tally}
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(model, args, process, size, tokenizer, first))
@@ -295,8 +351,10 @@ def train(args: Args, process: Process) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, scenes=1, steps=1, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
-    common.at_least(args, lr=0, min_lr=0, weight_decay=0, betas=0)
+    common.at_least(args, scenes=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
+    common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
+    if args.sight > 1:
+        raise InputError(f"--sight {args.sight}: a share of the steps, at most 1")
     if args.model not in common.VLM_SIZES:
         raise InputError(f"--model {args.model}: choose one of {', '.join(common.VLM_SIZES)}; models of the hub are "
                          f"pretrained already")  # fmt: skip

@@ -1,15 +1,18 @@
-"""benchmarks/policy_latency.py and train_step.py: like is compared with like, and the limits are those of the model."""
+"""benchmarks/policy_latency.py and train_step.py: like is compared with like, and the limits are those of the model;
+localise.py: distances are of what was asked for."""
 
 import json
 from dataclasses import replace
 
 import helpers_policy as h
+import numpy as np
 import pytest
 import torch
 
 import common
-from benchmarks import measure, policy_latency, train_step
+from benchmarks import localise, measure, policy_latency, train_step
 from common import InputError
+from data.stills import stills
 
 
 def size(module: torch.nn.Module) -> int:
@@ -90,3 +93,62 @@ def test_mfu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     gpu = common.Process(0, 1, torch.device("cuda"), torch.bfloat16)
     assert measure.mfu(989e12 / 4, 0.5, gpu) == pytest.approx(0.5) and measure.mfu(1.0, 1.0, h.process()) is None
+
+
+def test_a_pixel_is_where_its_line_of_sight_meets_the_plane():
+    for still in stills(0, 1, 48):
+        eye, axes, half = still.view
+        for point in ((0.5, -0.1), (0.45, 0.2)):
+            right, up, back = axes.T @ (np.array([*point, localise.HEIGHT]) - eye)
+            if back > -0.01:  # behind the wrist camera
+                continue
+            centre = np.array([1 - up / -back / half, 1 + right / -back / half]) / 2
+            np.testing.assert_allclose(localise.on_table(still, centre), point, atol=1e-9)
+
+
+def test_localise(monkeypatch, capsys, tmp_path):
+    """The distances are of the thing that the name says: a model that knows all finds all, whatever the order."""
+    asked, size = {}, 64
+    monkeypatch.setattr(localise, "detect", lambda model, tokenizer, images, names, process: np.array(
+        [asked[image.numpy().tobytes(), name] for image, name in zip(images, names, strict=True)]))  # fmt: skip
+
+    def remember(find, args):
+        found = find(args, size)
+        for still, name, box in (thing for things in found.values() for thing in things):
+            asked[still.image.transpose(2, 0, 1).tobytes(), name] = np.array(box) + (0, 1 / size, 0, 1 / size)
+        return found
+
+    for name, find in (("of_stills", localise.of_stills), ("of_tasks", localise.of_tasks)):
+        monkeypatch.setattr(localise, name, lambda args, _, find=find: remember(find, args))
+    out = tmp_path / "l.json"
+    monkeypatch.setattr("sys.argv", ["localise", "--vlm", "paligemma-tiny", "--scenes", "3", "--trials", "2",
+                                     "--json", str(out)])  # fmt: skip
+    localise.main()
+    rows = {(r["where"], r["camera"]): r for r in json.loads(out.read_text())}
+    seen = {where.split(": ")[1] for where, _ in rows if ":" in where}
+    assert seen == set(localise.NAMES.values()) and ("stills at home", "primary") in rows
+    assert all(r["things"] > 0 and r["pixels"] == pytest.approx(1.0) and r["near"] == 1 for r in rows.values())
+    assert 0.3 < rows["pick_cup: red cup", "primary"]["cm"] < 2  # at 64 px one is about 0.8 cm across
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+def test_detect_takes_the_places_that_the_model_says():
+    """Each place is asked for after those before it, and is the expected one of its distribution."""
+    model, tokenizer = common.load_vlm("paligemma-tiny")
+    first, sizes = tokenizer.convert_tokens_to_ids(common.loc(0.0)), []
+
+    def forward(pixel_values, input_ids, **_):
+        said = [tokenizer.decode(row[row >= 0]) for row in input_ids]
+        sizes.append([text.count("<loc") for text in said])
+        logits = torch.full((*input_ids.shape, len(tokenizer)), -50.0)
+        for row, text in enumerate(said):
+            at = (input_ids[row] == tokenizer.eos_token_id).nonzero()[0, 0] - 1  # of what comes instead of the end
+            logits[row, at, first + 10 * (text.count("<loc") + 1) + row + torch.arange(2)] = 9.0
+        return type("Output", (), {"last_hidden_state": logits})
+
+    model.model.forward, model.lm_head = forward, torch.nn.Identity()
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    boxes = localise.detect(model, tokenizer, images, ["red cup", "oven"], h.process())
+    want = (np.array([[10, 20, 30, 40], [11, 21, 31, 41]]) + 0.5 + 0.5) / common.PLACES
+    np.testing.assert_allclose(boxes, want, atol=1e-5)
+    assert sizes == [[k, k] for k in range(4)]

@@ -108,17 +108,22 @@ def test_hands_use_all_columns_by_name():
 
 
 def test_scenes_vary_and_contain_the_tasks_cameras():
-    eyes, tables, things, movers = [], [], [], []
-    for k in range(30):
+    eyes, tables, things, movers, homes = [], [], [], [], []
+    for k in range(60):
         scene = Scene("fr3", FAMILIES["lift"], np.random.default_rng(k))
         eyes.append(scene.camera_pose()[:3])
         tables.append(scene.model.geom("table").rgba[:3])
         things.append(scene.family.thing.words)
         movers.append(len(scene.movers))
-    for camera, _ in (Task.camera, Oven.camera):
-        near = np.linalg.norm(np.array(eyes) - camera, axis=1) < 0.04
-        assert 1 <= near.sum() <= 20
-    assert np.std(tables, 0).min() > 0.1 and len(set(things)) > 20 and set(movers) == {0, 1, 2}
+        homes.append(scene.home)
+    near = [np.linalg.norm(np.array(eyes) - camera, axis=1) < 0.04 for camera, _ in (Task.camera, Oven.camera)]
+    for home, least, most in ((True, 0.9, 1.0), (False, 0.1, 0.8)):
+        at = np.array(homes) == home
+        assert least <= (near[0] | near[1])[at].mean() <= most and all((n & at).any() for n in near)
+        spread = np.std(np.array(tables)[at], 0)
+        assert (spread.max() < 0.06 if home else spread.min() > 0.1) and (max(np.array(movers)[at]) > 0) != home
+    assert 0.6 < np.mean(homes) < 0.95 and len(set(things)) > 20
+    assert not any(Scene("gripper", FAMILIES["lift"], np.random.default_rng(k)).home for k in range(5))
 
 
 def test_things_that_move_by_themselves_move_and_touch_nothing():
