@@ -66,6 +66,7 @@ POSTURE = np.array([0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02])
 DAMPING = (150, 150, 120, 120, 40, 40, 40)
 DOWN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion of a tool that points down
 OPEN, CLOSED = 1.0, 0.0
+SHIPPED = Path(__file__).resolve().parent / "policies/small"  # a policy that comes with the project
 GL_HELP = "install a headless GL library: `apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,8 +80,8 @@ class Args:
     """One of the five tasks (Sec. 4.4): pick_cup, block_slot, close_oven, dip_brush, pot_oven; with --record also
     `all`."""
     policy: str = ""
-    """Folder of a policy trained by finetune.py, or `expert`. Empty: the best one present in runs/, else the expert
-    (our choice)."""
+    """Folder of a policy trained by finetune.py, or `expert`. Empty: that in runs/paper or runs/small, else
+    the one that comes with the project, else the expert (our choice)."""
     trials: int = 10
     """Trials to run (Sec. 4.4: 10 a task)."""
     first_trial: int = 0
@@ -109,7 +110,7 @@ class Args:
     """Go on in a folder that already holds results or episodes (our choice)."""
 
 
-TINY = Args(trials=2, record_size=64, out="runs/tiny/franka")
+TINY = Args(policy="runs/tiny/finetune", trials=2, record_size=64, out="runs/tiny/franka")
 SMALL = Args(record_size=96, out="runs/small/franka")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1007,14 +1008,15 @@ class ChunkPolicy:
 
 
 def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
-    """`expert`, a folder written by finetune.py, or "": the best fine-tuned policy present, else the expert.
+    """`expert`, a folder written by finetune.py, or "": the policy in runs/, else the one that comes with the project,
+    else the expert.
 
     Raises InputError for a folder without a policy, and for one trained at another rate or for another robot."""
     if path == "expert":
         return ExpertPolicy()
     if not path:
-        runs = [Path("runs") / preset / "finetune" for preset in ("paper", "small", "tiny")]
-        path = next((str(run) for run in runs if common.checkpoints(run)), "")
+        runs = [Path("runs") / preset / "finetune" for preset in ("paper", "small")]
+        path = next((str(run) for run in runs if common.checkpoints(run)), str(SHIPPED) if SHIPPED.exists() else "")
         if not path:
             print("no fine-tuned policy in runs/: the scripted expert shows the task (it looks into the simulator)")
             return ExpertPolicy()

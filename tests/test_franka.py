@@ -570,8 +570,26 @@ def test_bad_input_exits_with_2_and_one_line(flags, message, monkeypatch, tmp_pa
 
 def test_with_no_policy_the_expert_runs_and_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(franka, "SHIPPED", tmp_path / "policies/small")
     assert isinstance(franka.make_policy(""), ExpertPolicy)
     assert "the scripted expert shows the task" in capsys.readouterr().out
+
+
+def test_which_policy_shows_the_task(monkeypatch, tmp_path):
+    """That of a run of one's own, then the one that ships."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(franka, "SHIPPED", tmp_path / "policies/small")
+    asked = []
+    monkeypatch.setattr(common, "find_checkpoint", lambda path, stage: asked.append(Path(path)) or sys.exit(0))
+    for made, expected in (
+        ("policies/small/meta.json", "policies/small"),
+        ("runs/small/finetune/checkpoints/step_00000001/meta.json", "runs/small/finetune"),
+    ):
+        (tmp_path / made).parent.mkdir(parents=True)
+        (tmp_path / made).write_text("{}")
+        with pytest.raises(SystemExit):
+            franka.make_policy("")
+        assert asked[-1].absolute() == tmp_path / expected
 
 
 def test_import_does_nothing():
