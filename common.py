@@ -82,6 +82,7 @@ def check_training(args: Any) -> None:
     """Raises InputError for a value that no learning stage can work with."""
     at_least(args, steps=1, batch=1, accumulate=1, save_every=1, log_every=1, val_samples=1)
     at_least(args, workers=0, warmup=0, seed=0, val_every=0, lr=0, min_lr=0, weight_decay=0, betas=0, max_bad=0)
+    at_least(args, muon=0)
     if not all(b < 1 for b in args.betas) or not 0 < args.clip < math.inf:
         raise InputError(f"--betas {args.betas} must be below 1, and --clip {args.clip} positive")
 
@@ -225,15 +226,18 @@ class Optimizers(list):
     """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
     AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
 
-    args: lr, betas and weight_decay of AdamW, and `muon`, Muon's learning rate, or 0 for none."""
+    args: lr, betas and weight_decay of AdamW, and `muon`, Muon's learning rate, or 0 for none. Raises InputError where
+    Muon's could not follow AdamW's."""
 
     def __init__(self, model: nn.Module, args: Any):
+        if args.muon and not args.lr:
+            raise InputError(f"--muon {args.muon:g} follows the schedule of --lr, which is 0: give --lr, too")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         layers = [f"{name}.weight" for name, part in model.named_modules()
                   if isinstance(part, nn.Linear) and re.search(r"\.\d+\.", name)]  # fmt: skip
         matrices = [trained.pop(name) for name in layers if args.muon and name in trained]
         super().__init__([torch.optim.AdamW(trained.values(), args.lr, args.betas, weight_decay=args.weight_decay)])
-        self.ratio = args.muon / args.lr
+        self.ratio = args.muon / args.lr if args.muon else 0.0
         if matrices:
             self.append(torch.optim.Muon(matrices, args.muon, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
 

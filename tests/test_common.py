@@ -299,6 +299,8 @@ def test_muon_has_the_matrices_of_the_layers():
     assert moved == {*names.values()} - {"1.2.0.weight", "1.2.0.bias"}
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(InputError, match="--muon 0.04 follows the schedule of --lr"):
+        common.Optimizers(model, SimpleNamespace(lr=0.0, muon=4e-2))
     plain = SimpleNamespace(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, muon=0.0)
     assert [type(part) for part in common.Optimizers(model, plain)] == [torch.optim.AdamW]
 
