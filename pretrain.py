@@ -25,14 +25,12 @@ All of it is our choice:
  3. Muon instead of AdamW for the layers' matrices: it gets as far in half the steps.
  4. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
     linear map that is thrown away: answers alone teach a vision encoder slowly. At first it is asked alone, which takes
-    a third of the time a step. PaliGemma's image tokens see the question, too: behind its last layer each is asked
-    whether it shows what was asked for, and where that is.
+    a third of the time a step.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -106,20 +104,20 @@ SMALL = Args()
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str, list[int]]:
-    """A question about a still, the answer, and the numbers of the things that the question names."""
+def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
+    """A question about a still, and the answer."""
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
-        return ("detect gripper" if detect else "describe"), "nothing", []
+        return ("detect gripper" if detect else "describe"), "nothing"
     if detect:
         nouns = [name.split()[-1] for name, _ in still.things]
         brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
-        order = rng.permutation(len(nouns))[: rng.integers(1, ASKED + 1)].tolist()
-        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in order]
+        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in rng.permutation(len(nouns))]
+        asked = asked[: rng.integers(1, ASKED + 1)]
         names = " ; ".join(name for name, _ in asked)
-        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked), order
+        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked)
     ordered = sorted(still.things, key=lambda thing: thing[1][1])
-    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered), []
+    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
 
 
 def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -148,46 +146,33 @@ def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[st
     return made
 
 
-def label_patches(still: Still, grid: int, asked: Sequence[int] = ()) -> np.ndarray:
-    """What each of grid x grid squares shows most of: float32 (grid ** 2, 7), the numbers of its colour and noun (of a
-    further class where there is none), its box relative to the square's centre, in squares, and as which of the things
-    `asked` for it comes, from 1, or 0."""
-    size, found = len(still.image) // grid, np.zeros((grid, grid, 7), np.float32)
+def label_patches(still: Still, grid: int) -> np.ndarray:
+    """What each of grid x grid squares shows most of: float32 (grid ** 2, 6), the numbers of its colour and noun (of a
+    further class where there is none), and its box relative to the square's centre, in squares."""
+    size, found = len(still.image) // grid, np.zeros((grid, grid, 6), np.float32)
     found[..., :2] = CLASSES - 1
     if still.things:
         shown = still.owner == np.arange(len(still.things))[:, None, None]
         shares = reduce(shown.astype(np.float32), "thing (i h) (j w) -> i j thing", "mean", h=size, w=size)
         for i, j in np.argwhere(shares.max(-1) >= SHOWN):
-            number = int(shares[i, j].argmax())
-            name, box = still.things[number]
+            name, box = still.things[shares[i, j].argmax()]
             *colour, noun = name.split()
             if colour and colour[0] in COLOURS:  # hands are left or right
                 found[i, j, 0] = list(COLOURS).index(colour[0])
             found[i, j, 1] = NOUNS.index(noun)
-            found[i, j, 2:6] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
-            found[i, j, 6] = 1 + asked.index(number) if number in asked else 0
-    return found.reshape(-1, 7)
+            found[i, j, 2:] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
+    return found.reshape(-1, 6)
 
 
 def patch_loss(found: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropies of colour and noun, and the error of the box where there is a thing. found (B, n, classes + 4);
-    labels (B, n, 7) as in `label_patches`."""
+    labels (B, n, 6) as in `label_patches`."""
     colours, nouns, boxes = found.float().split((*CLASSES.tolist(), 4), -1)
     numbers, there = labels[..., :2].long(), labels[..., 1] < CLASSES[1] - 1
     named = sum(F.cross_entropy(x.flatten(0, 1), numbers[..., k].flatten()) for k, x in enumerate((colours, nouns)))
-    return named + _box_loss(boxes, labels, there)
-
-
-def asked_loss(found: Tensor, labels: Tensor) -> Tensor:
-    """The same of what was asked for: found (B, n, 1 + ASKED + 4), whether and as which of the things, and the box."""
-    which, boxes = found.float().split((1 + ASKED, 4), -1)
-    asked = labels[..., 6].long()
-    return F.cross_entropy(which.flatten(0, 1), asked.flatten()) + _box_loss(boxes, labels, asked > 0)
-
-
-def _box_loss(boxes: Tensor, labels: Tensor, where: Tensor) -> Tensor:
-    error = F.smooth_l1_loss(boxes[where], labels[..., 2:6][where], beta=0.2, reduction="sum")
-    return error / max(1, 4 * where.sum())
+    return named + F.smooth_l1_loss(boxes[there], labels[..., 2:][there], beta=0.2, reduction="sum") / max(
+        1, 4 * there.sum()
+    )
 
 
 def patch_size(config: Any) -> int:
@@ -203,15 +188,13 @@ def draw(seed: int, step: int, scenes: int, size: int, tokenizer: Any, config: A
     shown = [still for k in range(scenes) for still in stills(seed, step * scenes + k, size)]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
-    grid = size // patch_size(config)
-    labels = [label_patches(still, grid, order) for still, (_, _, order) in zip(shown, asked, strict=True)]
-    answers = encode(tokenizer, config, [pair for *pair, _ in asked])
-    return images, answers | {"patches": torch.from_numpy(np.stack(labels))}
+    labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
+    return images, encode(tokenizer, config, asked) | {"patches": labels}
 
 
 def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], first: int):
-    """Cross-entropies of words and of places, in nats a token; the P places, as expected and as they are, (P,); and
-    what the last layer says of all but the last token, (B, L - 1, D). first: the id of <loc0000>."""
+    """Cross-entropies of words and of places, in nats a token, and the P places: as expected and as they are, (P,).
+    first: the id of <loc0000>."""
     inputs = {k: v for k, v in batch.items() if k not in ("labels", "patches")}
     pixels = common.normalize_pixels(images, model.config.model_type, torch.float32)
     hidden = model.model(pixel_values=pixels, **inputs, use_cache=False).last_hidden_state[:, :-1]
@@ -224,18 +207,16 @@ def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], firs
     log_p = logits[is_place].log_softmax(-1)[:, first : first + common.PLACES]
     places = -(blurred * log_p).sum(-1).sum() / max(1, len(true))
     expected = (log_p.exp() * grid).sum(-1) / log_p.exp().sum(-1)
-    return words, places, expected.detach(), true, hidden
+    return words, places, expected.detach(), true
 
 
 class Pretraining(nn.Module):
-    """The vision-language model, and two linear maps: from each patch of its vision encoder to what the patch shows,
-    and from the image's tokens behind PaliGemma's last layer, which have seen the question, to what was asked for."""
+    """The vision-language model, and a linear map from each patch of its vision encoder to what the patch shows."""
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
         self.vlm, self.config = vlm, vlm.config
         self.patches = nn.Linear(vlm.config.vision_config.hidden_size, int(CLASSES.sum()) + 4)
-        self.asked = nn.Linear(vlm.config.text_config.hidden_size, 1 + ASKED + 4)
 
     def speak(self, may: bool) -> None:
         """Whether all learns, or the vision encoder alone."""
@@ -253,14 +234,11 @@ class Pretraining(nn.Module):
         tower, seen = self.vlm.model.vision_tower, []
         hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
         try:
-            *answered, hidden = answer_loss(self.vlm, images, batch, first)
+            answered = answer_loss(self.vlm, images, batch, first)
         finally:
             hook.remove()
         labels = batch["patches"]
-        dense = patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
-        if self.config.model_type == "paligemma":  # in InternVL no image token sees what comes after it
-            dense = dense + asked_loss(self.asked(hidden[:, : labels.shape[1]]), labels)
-        return *answered, dense
+        return *answered, patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def test_boxes_are_where_the_camera_sees_the_things():
 def test_what_the_instructions_speak_of_is_named():
     rng = np.random.default_rng(0)
     said = [part for n in range(40) for still in stills.stills(0, n, 48) for k in (True, False)
-            for part in pretrain.ask(still, rng, k)[:2]]  # fmt: skip
+            for part in pretrain.ask(still, rng, k)]  # fmt: skip
     words = {word for text in said for word in text.split()}
     assert {"red", "blue", "cup", "block", "slot", "oven", "pot", "brush", "sauce", "gripper"} <= words
     asked = [name for text in said if text.startswith("detect") for name in text[7:].split(" ; ")]
@@ -92,12 +92,10 @@ def test_an_answer_gives_the_places_that_were_asked_for():
     assert pretrain.ask(still, np.random.default_rng(0), detect=False) == (
         "describe",
         "gripper <loc0000><loc0128><loc0256><loc1016> ; red cube <loc0512><loc0256><loc0768><loc0512>",
-        [],
     )
-    question, answer, order = pretrain.ask(still, np.random.default_rng(1), detect=True)
+    question, answer = pretrain.ask(still, np.random.default_rng(1), detect=True)
     asked = question.removeprefix("detect ").split(" ; ")
     assert [part.split(" <")[0] for part in answer.split(" ; ")] == asked
-    assert [things[i][0].split()[-1] for i in order] == [name.split()[-1] for name in asked]
     assert all(part.split(" <", 1)[1] == "loc" + dict(expected)[part.split(" <")[0]] for part in answer.split(" ; "))
     two = stills.Still(still.image, [*things, ("blue cube", (0.0, 0.0, 0.5, 0.5))], still.owner)
     names = {n for k in range(40) for n in pretrain.ask(two, np.random.default_rng(k), True)[0][7:].split(" ; ")}
@@ -124,22 +122,18 @@ def test_patches_are_labelled_with_what_they_show():
     owner[4:, 2:6] = 0  # the lower middle: halves of the lower two of four squares
     still = stills.Still(np.zeros((8, 8, 3), np.uint8), [("red puck", (0.5, 0.25, 1.0, 0.75))], owner)
     none = pretrain.CLASSES - 1
-    labels = pretrain.label_patches(still, 2, [0])
-    assert np.array_equal(labels[:2, :2], [none, none]) and not labels[:2, 6].any()
+    labels = pretrain.label_patches(still, 2)
+    assert np.array_equal(labels[:2, :2], [none, none])
     thing = [list(pretrain.COLOURS).index("red"), stills.NOUNS.index("puck")]
-    assert np.array_equal(labels[2], [*thing, -0.5, 0.0, 0.5, 1.0, 1])  # squares from the lower left one's centre
-    assert np.array_equal(labels[3], [*thing, -0.5, -1.0, 0.5, 0.0, 1])
-    assert [pretrain.label_patches(still, 2, k)[2, 6] for k in ([], [3], [3, 0])] == [0, 0, 2]
+    assert np.array_equal(labels[2], [*thing, -0.5, 0.0, 0.5, 1.0])  # squares from the lower left one's centre
+    assert np.array_equal(labels[3], [*thing, -0.5, -1.0, 0.5, 0.0])
     hand = stills.Still(still.image, [("left hand", (0.5, 0.25, 1.0, 0.75))], owner)
     assert np.array_equal(pretrain.label_patches(hand, 2)[2, :2], [none[0], stills.NOUNS.index("hand")])
 
     truth = torch.from_numpy(labels)[None]
     one_hot = [torch.nn.functional.one_hot(truth[..., k].long(), n) * 50.0 for k, n in enumerate(pretrain.CLASSES)]
-    right = torch.cat([*one_hot, truth[..., 2:6]], -1)
+    right = torch.cat([*one_hot, truth[..., 2:]], -1)
     assert pretrain.patch_loss(right, truth) < 1e-6
-    which = torch.nn.functional.one_hot(truth[..., 6].long(), 1 + pretrain.ASKED) * 50.0
-    told = torch.cat([which, truth[..., 2:6]], -1)
-    assert pretrain.asked_loss(told, truth) < 1e-6 < 1 < pretrain.asked_loss(told.roll(1, 1), truth)
     moved = right.clone()
     moved[:, :2, -4:] += 3.0  # a box where there is nothing
     assert pretrain.patch_loss(moved, truth) < 1e-6
@@ -162,7 +156,7 @@ def test_the_loss_is_least_for_the_blurred_place():
         batch = {"input_ids": torch.zeros(1, 3), "labels": torch.tensor([[-100, first + 40, 3]])}
         return pretrain.answer_loss(model, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), batch, first)
 
-    words, least, expected, true, _ = loss(blurred.clamp(min=1e-30).log())
+    words, least, expected, true = loss(blurred.clamp(min=1e-30).log())
     assert words < 1e-4 and true.item() == 40
     torch.testing.assert_close(least, entropy)
     torch.testing.assert_close(expected, torch.tensor([40.0]))
@@ -209,7 +203,7 @@ def test_learns_where_a_scene_of_things_is():
     images, batch = pretrain.draw(0, 1, 1, 64, tokenizer, model.config, detect=False)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(120):
-        words, places, expected, true, _ = pretrain.answer_loss(model, images, batch, first)
+        words, places, expected, true = pretrain.answer_loss(model, images, batch, first)
         optimizer.zero_grad()
         (words + places).backward()
         optimizer.step()
