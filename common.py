@@ -623,6 +623,14 @@ def sinusoids(side: int, width: int) -> Tensor:
     return torch.cat([f(x.reshape(-1, 1) * pace) for x in (row, column) for f in (torch.sin, torch.cos)], 1)
 
 
+def know_neighbours(model: nn.Module) -> None:
+    """Gives PaliGemma's position embeddings, where they are to be learned, a start that knows which patches are
+    neighbours: its own is random and small (our choice)."""
+    if model.config.model_type == "paligemma":
+        positions, vision = model.model.vision_tower.embeddings.position_embedding.weight, model.config.vision_config
+        positions.data.copy_(0.5 * sinusoids(vision.image_size // vision.patch_size, vision.hidden_size))
+
+
 def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None = None):
     """A vision-language model and its tokenizer: `(model, tokenizer)`.
 
@@ -639,6 +647,7 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
     if config is not None:
         kind = classes[config["model_type"]]
         model = kind._from_config(kind.config_class.from_dict(config), dtype=torch.float32)
+        know_neighbours(model)
         try:
             return model, tf.AutoTokenizer.from_pretrained(tokenizer_dir)
         except LOADING_ERRORS as error:
@@ -669,10 +678,7 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
             # The class leaves position embeddings at zero for pretrained weights to fill: trained from there, the
             # encoder takes long to tell places apart. Born at the scale of its patch embeddings instead (our choice).
             torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embeddings, std=0.2)
-        else:
-            # Its own are random and small: these know which patches are neighbours from the start (our choice).
-            positions = model.model.vision_tower.embeddings.position_embedding.weight
-            positions.data.copy_(0.5 * sinusoids(vision["image_size"] // vision["patch_size"], vision["hidden_size"]))
+        know_neighbours(model)
         return model, tokenizer
     try:
         if is_pi05(source):

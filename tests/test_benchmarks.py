@@ -120,6 +120,7 @@ def test_localise(monkeypatch, capsys, tmp_path):
 
     for name, find in (("of_stills", localise.of_stills), ("of_tasks", localise.of_tasks)):
         monkeypatch.setattr(localise, name, lambda args, _, find=find: remember(find, args))
+    monkeypatch.setattr(common, "setup", lambda *_, **__: h.process())  # it changes torch for all tests after this one
     out = tmp_path / "l.json"
     monkeypatch.setattr("sys.argv", ["localise", "--vlm", "paligemma-tiny", "--scenes", "3", "--trials", "2",
                                      "--json", str(out)])  # fmt: skip
