@@ -56,7 +56,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 import distill
 from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError, Normalizer, Process
-from data.windows import View, Windows, check_resume, held_out_batches, stream
+from data.windows import View, Windows, augment, check_resume, held_out_batches, stream
 from distill import Student, attention_mask
 from lam import action_terms, count, mean_action, valid_counts
 
@@ -601,20 +601,6 @@ def spanning(norms: list[Normalizer]) -> Normalizer:
 def views(batch: dict, args: Args) -> Tensor:
     """The batch's images, uint8 (B, K, 3, H, H), in the order of --cameras."""
     return torch.cat([batch[c] for c in args.cameras], 1)
-
-
-def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
-    """Shifts each view by up to 6 % (edges repeated) and varies brightness and contrast; uint8 (B, K, 3, H, H). What
-    happens to a sample depends on (seed, its number) alone."""
-    size, pad = images.shape[-1], max(1, round(0.06 * images.shape[-1]))
-    u = torch.special.ndtr(common.noise((images.shape[1], 4), index, seed, images.device, purpose=3))  # uniform (0, 1)
-    padded = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate")
-    corners = (u[..., :2] * (2 * pad + 1)).long().clamp(max=2 * pad).flatten(0, 1).tolist()
-    crops = [view[:, top : top + size, left : left + size] for view, (top, left) in zip(padded, corners, strict=True)]
-    x = torch.stack(crops).view(images.shape)
-    gain, bias = rearrange(torch.stack([0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)]), "two b k -> two b k 1 1 1")
-    mid = x.mean((2, 3, 4), keepdim=True)
-    return ((x - mid) * gain + mid + bias).round().clamp(0, 255).to(torch.uint8)
 
 
 def shard(model: VLA, process: Process) -> None:

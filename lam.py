@@ -48,7 +48,8 @@ Where we depart from the paper, or fill in what it does not say:
     and an invertible pixel-unshuffle stands in for the DC-AE autoencoder. --small sees 8 frames at 5 Hz, the 1.5 s of
     16 frames at 10 Hz.
  8. Weight decay 0.01 and gradient clipping at 1 are ours. At --small Muon trains the matrices of the layers, which from
-    random weights takes half the steps (results/LOG.md); everywhere else AdamW trains all, as in Sec. 6.3.
+    random weights takes half the steps (results/LOG.md), and a window's pictures are shifted and lit a little
+    differently each time it is drawn; everywhere else AdamW trains all, as in Sec. 6.3, on the pictures as they are.
 """
 
 import math
@@ -67,7 +68,7 @@ from torch.utils.checkpoint import checkpoint
 import common
 from common import GRIPPERS, MOTION, InputError, Process
 from data import mixture
-from data.windows import View, Windows, check_resume, held_out_batches, stream
+from data.windows import View, Windows, augment, check_resume, held_out_batches, stream
 
 # Shapes: B batch, T frames, A = T-1 action steps, L text positions, N latent tokens (Ns scene, Nm motion), D their
 # width, C x h x w image latents, S the scene stream's width, W the motion stream's.
@@ -129,6 +130,8 @@ class Args:
     """Unified action decoder: off, actions are neither decoded nor supervised. (Table 5)"""
     dla: bool = True
     """Decoupled latent actions: off, one undivided set of Ns + Nm tokens feeds both streams. (Table 5)"""
+    augment: bool = False
+    """Shift all frames of a training window alike by up to 6 %, and vary brightness and contrast. (our choice)"""
     lambda_a: float = 1.0
     """Weight of L_action. (our choice)"""
     lambda_g: float = 0.1
@@ -192,9 +195,9 @@ TINY = Args(
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
     freeze_vision=False, frames=8, hz=5, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256,
-    motion_width=192, motion_heads=6, lambda_a=0.3, batch=16, accumulate=1, steps=3200, lr=1e-3, min_lr=1e-5,
-    warmup=100, muon=4e-3, cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256, save_every=200,
-    log_every=20, workers=0, preload=True,
+    motion_width=192, motion_heads=6, augment=True, lambda_a=0.3, batch=16, accumulate=1, steps=4000, lr=1e-3,
+    min_lr=1e-5, warmup=100, muon=4e-3, cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256,
+    save_every=200, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 
@@ -612,10 +615,14 @@ def lam_loss(
 
 def micro_step(model: nn.Module, codec: Any, batch: dict, counts: Tensor, args: Args):
     """The loss of a batch, to go backwards from, and its parts. counts (2,): see `lam_loss`."""
-    current, future = codec.encode(batch["video"][:, 0]), codec.encode(batch["video"][:, -1])
+    video = batch["video"]
+    if args.augment:  # as one picture of 3 T channels
+        alike = augment(rearrange(video, "b t c h w -> b 1 (t c) h w"), batch["index"], args.seed)
+        video = rearrange(alike, "b 1 (t c) h w -> b t c h w", c=3)
+    current, future = codec.encode(video[:, 0]), codec.encode(video[:, -1])
     noisy, s, velocity = flow(future, batch["index"], args.seed, args.pure_noise)
     exchange = draw_exchange(batch["index"], args.seed, args.cut_exchange)
-    predicted, actions = model(batch["video"], batch["instruction"], noisy, current, s, exchange)
+    predicted, actions = model(video, batch["instruction"], noisy, current, s, exchange)
     weight = frame_weight(s, args)
     return lam_loss(predicted * weight, velocity * weight, actions, batch, counts, args.lambda_a, args.lambda_g)
 

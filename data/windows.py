@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from common import ACTION_NAMES, InputError, Process, load_meta, seen_from, strided_actions
+from common import ACTION_NAMES, InputError, Process, load_meta, noise, seen_from, strided_actions
 from data.lerobot import DamagedEpisode, LeRobotReader
 from data.quantiles import stride_for
 
@@ -296,6 +298,20 @@ def held_out_batches(windows: Windows, samples: int, batch: int, process: Proces
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def augment(images: Tensor, index: Tensor, seed: int) -> Tensor:
+    """Shifts each view by up to 6 % (edges repeated) and varies brightness and contrast; uint8 (B, K, 3, H, H). What
+    happens to a sample depends on (seed, its number) alone."""
+    size, pad = images.shape[-1], max(1, round(0.06 * images.shape[-1]))
+    u = torch.special.ndtr(noise((images.shape[1], 4), index, seed, images.device, purpose=3))  # uniform (0, 1)
+    padded = F.pad(images.flatten(0, 1).float(), (pad,) * 4, mode="replicate")
+    corners = (u[..., :2] * (2 * pad + 1)).long().clamp(max=2 * pad).flatten(0, 1).tolist()
+    crops = [view[:, top : top + size, left : left + size] for view, (top, left) in zip(padded, corners, strict=True)]
+    x = torch.stack(crops).view(images.shape)
+    gain, bias = rearrange(torch.stack([0.8 + 0.4 * u[..., 2], 25.5 * (2 * u[..., 3] - 1)]), "two b k -> two b k 1 1 1")
+    mid = x.mean((2, 3, 4), keepdim=True)
+    return ((x - mid) * gain + mid + bias).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_resume(checkpoint: Path, windows: Windows) -> None:

@@ -17,7 +17,7 @@ import distill
 import finetune
 from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError
 from data.lerobot import LeRobotReader
-from data.windows import collate
+from data.windows import augment, collate
 
 TEXTS = ["close the oven", "put the building block into the corresponding slot, slowly", "go"]
 
@@ -324,22 +324,22 @@ def test_one_data_set_or_several_on_the_command_line():
 def test_augment():
     """Depends on (seed, sample) alone, moves by at most 6 %, shifts brightness by at most 10 % and contrast by 20 %."""
     images, index = h.pictures(4, k=2), torch.tensor([3, 7, 11, 3])
-    out = finetune.augment(images, index, seed=0)
+    out = augment(images, index, seed=0)
     assert out.dtype == torch.uint8 and out.shape == images.shape and not torch.equal(out, images)
-    assert torch.equal(out, finetune.augment(images, index, seed=0))
-    assert torch.equal(out[1:2], finetune.augment(images[1:2], index[1:2], seed=0))
-    assert not torch.equal(out, finetune.augment(images, index, seed=1))
-    assert not torch.equal(out[:, 0], finetune.augment(images[:, :1], index + 1, seed=0)[:, 0])
+    assert torch.equal(out, augment(images, index, seed=0))
+    assert torch.equal(out[1:2], augment(images[1:2], index[1:2], seed=0))
+    assert not torch.equal(out, augment(images, index, seed=1))
+    assert not torch.equal(out[:, 0], augment(images[:, :1], index + 1, seed=0)[:, 0])
 
     size, n = 50, 64
     flat = torch.full((n, 1, 3, size, size), 128, dtype=torch.uint8)
-    change = finetune.augment(flat, torch.arange(n), 0).float() - 128  # a flat image has no contrast
+    change = augment(flat, torch.arange(n), 0).float() - 128  # a flat image has no contrast
     assert change.amax((1, 2, 3, 4)).equal(change.amin((1, 2, 3, 4)))
     assert change.abs().max() <= 26 and change.min() < -15 and change.max() > 15
 
     dot = torch.full((n, 1, 3, size, size), 100, dtype=torch.uint8)
     dot[..., 25, 25] = 200
-    moved = finetune.augment(dot, torch.arange(n), 0).float()
+    moved = augment(dot, torch.arange(n), 0).float()
     at = moved[:, 0, 0].flatten(1).argmax(1)
     shifts = torch.stack([at // size - 25, at % size - 25])
     assert shifts.min() == -3 and shifts.max() == 3  # 6 % of 50
@@ -348,7 +348,7 @@ def test_augment():
 
     for axis, ramp in ((3, torch.arange(size)[:, None]), (4, torch.arange(size)[None])):  # edges are repeated, no more
         ramp = (60 + 2 * ramp.expand(n, 1, 3, size, size)).to(torch.uint8)
-        flat = (finetune.augment(ramp, torch.arange(n), 0).float().diff(dim=axis) == 0).movedim(axis, 1).flatten(2)
+        flat = (augment(ramp, torch.arange(n), 0).float().diff(dim=axis) == 0).movedim(axis, 1).flatten(2)
         repeated = flat[:, :, 0].sum(1)
         assert torch.equal(repeated, shifts[axis - 3].abs()) and (flat == flat[:, :, :1]).all()
 
@@ -360,12 +360,12 @@ def test_augmented_pictures_are_for_training_alone(data, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "augment", lambda x, index, seed: drawn.append((index, seed)) or made.expand_as(x))
     monkeypatch.setattr(finetune.VLA, "forward", lambda self, images, *rest: (
         seen.append((self.training, bool((images == 77).all()))) or forward(self, images, *rest)))  # fmt: skip
-    for augment in (True, False):
+    for shifted in (True, False):
         seen.clear()
-        args = run_args(data, tmp_path / str(augment), augment=augment, steps=2, seed=5)
+        args = run_args(data, tmp_path / str(shifted), augment=shifted, steps=2, seed=5)
         finetune.train(args, h.process())
         assert {training for training, _ in seen} == {True, False}
-        assert all(shown == (training and augment) for training, shown in seen)
+        assert all(shown == (training and shifted) for training, shown in seen)
     assert [(index.tolist(), seed) for index, seed in drawn] == [([0, 1, 2, 3], 5), ([4, 5, 6, 7], 5)]
 
 

@@ -271,6 +271,27 @@ def test_a_micro_step_asks_for_the_future_and_shows_the_present():
         torch.testing.assert_close(loss, parts["frame"] + 0.3 * (parts["motion"] + parts["gripper"]))
 
 
+def test_augmentation_moves_a_whole_window():
+    """All frames alike, sample by sample: what stands still goes on standing still, for the encoder and in what the
+    decoder is shown and asked for."""
+    batch, seen = make_batch(8, frames=3), {}
+    batch["video"] = batch["video"][:, :1].expand(-1, 3, -1, -1, -1).clone()
+
+    def model(video, instructions, noisy, current, s, exchange):
+        seen.update(video=video, noisy=noisy, current=current, s=s)
+        return torch.zeros_like(noisy), torch.zeros_like(batch["action"])
+
+    lam.micro_step(model, CODEC, batch, torch.ones(2), replace(ARGS, augment=True, seed=3))
+    video = seen["video"]
+    assert video.shape == batch["video"].shape and video.dtype == torch.uint8
+    assert torch.equal(video[:, 0], video[:, 1]) and torch.equal(video[:, 0], video[:, 2])
+    assert all(not torch.equal(a, b) for a, b in zip(video, batch["video"], strict=True))
+    assert torch.equal(seen["current"], CODEC.encode(video[:, 0]))
+    at = seen["s"][:, None, None, None]
+    eps = common.noise(seen["current"].shape[1:], batch["index"], 3, video.device)
+    torch.testing.assert_close(seen["noisy"], (1 - at) * CODEC.encode(video[:, -1]) + at * eps)
+
+
 # -- gradients and ablations -------------------------------------------------------------------------------------------
 
 
