@@ -454,9 +454,10 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
 
 def first_frames(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """What the student looks at: uint8 (B, K, 3, H, H), and which of these views there are, bool (B, K); None: all."""
-    names = ["first", *(f"first{k}" for k in range(1, 10) if f"first{k}" in batch)]
-    seen = torch.stack([batch[f"{n}_seen"] for n in names], 1) if "first_seen" in batch else None
-    return torch.cat([batch[n] for n in names], 1), seen
+    names = [key.removesuffix("_seen") for key in batch if key.startswith("first") and key.endswith("_seen")]
+    if not names:
+        return batch["first"], None
+    return torch.cat([batch[n] for n in names], 1), torch.stack([batch[f"{n}_seen"] for n in names], 1)
 
 
 def check_instructions(windows: Windows) -> None:
