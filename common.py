@@ -1019,7 +1019,8 @@ def load_args(args_type: type, meta: dict[str, Any]) -> Any:
                          f"arguments ({error}): check that commit out, or train again") from None
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A safetensors file of a run. Raises InputError for one that is absent or damaged."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -1028,7 +1029,7 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fills an unsharded model, strictly. Raises InputError naming what is missing, left over or of another shape."""
-    load_tensors(model, _load_tensors(checkpoint / "model.safetensors"), str(checkpoint))
+    load_tensors(model, read_tensors(checkpoint / "model.safetensors"), str(checkpoint))
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> None:
@@ -1046,7 +1047,7 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | Optimize
     from torch.distributed.checkpoint import state_dict as sd
 
     state: dict[str, dict[str, Tensor]] = {}
-    for key, value in _load_tensors(checkpoint / "optimizer.safetensors").items():
+    for key, value in read_tensors(checkpoint / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("|")
         state.setdefault(name, {})[moment] = value
     groups = sd.get_optimizer_state_dict(model, optimizer)["param_groups"]  # without options: nothing is gathered

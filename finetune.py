@@ -49,7 +49,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -711,9 +711,9 @@ def export(run: str, out: str) -> None:
     if to.exists():
         raise InputError(f"{to} exists: give another --out, where the policy of {run} shall go")
     partial = to.with_name(to.name + ".partial")
+    weights = common.read_tensors(found / "model.safetensors")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(found, partial, ignore=shutil.ignore_patterns("*.safetensors"))
-    weights = load_file(found / "model.safetensors")
     save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in weights.items()},
               partial / "model.safetensors")  # fmt: skip
     partial.rename(to)

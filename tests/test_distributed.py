@@ -174,7 +174,7 @@ def test_bfloat16_under_sharding(rough, one, tmp_path):
     same_losses([line for line in one if "frame" in line], [r for r in metrics(tmp_path) if "frame" in r], rtol=0.05)
     found = common.find_checkpoint(tmp_path, "lam")
     for name in ("model", "optimizer"):
-        tensors = common._load_tensors(found / f"{name}.safetensors")
+        tensors = common.read_tensors(found / f"{name}.safetensors")
         assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
 
 
@@ -222,7 +222,7 @@ def test_all_ranks_skip_a_step_that_is_not_finite_on_one(world, tmp_path):
     text = forked_ranks(*words, before=lambda: spoil(4, 4, lambda x: x + math.inf))
     assert [line["skipped"] for line in metrics(tmp_path / "run") if "skipped" in line] == [0, 1, 1, 1]
     assert text.count("step skipped") == 1
-    for name, tensor in common._load_tensors(tmp_path / "run/checkpoints/step_00000004/model.safetensors").items():
+    for name, tensor in common.read_tensors(tmp_path / "run/checkpoints/step_00000004/model.safetensors").items():
         assert torch.isfinite(tensor).all(), name
 
 

@@ -438,7 +438,11 @@ def test_a_policy_is_handed_on(data, overfitted, tmp_path, capsys):
         finetune.export(str(overfitted), str(out))
     with pytest.raises(InputError, match="no finetune checkpoint at"):
         finetune.export(str(tmp_path / "none"), str(tmp_path / "other"))
-    assert not (tmp_path / "other").exists()
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match="model.safetensors is damaged"):
+        finetune.export(str(out), str(tmp_path / "other"))
+    assert not list(tmp_path.glob("other*"))
 
 
 def test_act_sees_what_training_saw(data, overfitted):
