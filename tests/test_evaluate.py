@@ -9,7 +9,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
-from helpers_lam import forked
+from helpers_lam import forked, run
 from torch import nn
 
 import common
@@ -191,8 +191,8 @@ SHORT = ("--samples", 8, "--probe-samples", 24, "--frames", 4, "--sampling-steps
 @pytest.fixture(scope="module")
 def report(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "evaluate"
-    forked("evaluate.py", "--tiny", "--lam", world / "lam", "--student", world / "distill", "--policy",
-           world / "finetune", "--out", out, *SHORT, "--trials", 1, "--seconds", 1)  # fmt: skip
+    run("evaluate.py", "--tiny", "--lam", world / "lam", "--student", world / "distill", "--policy",
+        world / "finetune", "--out", out, *SHORT, "--trials", 1, "--seconds", 1)  # fmt: skip
     return out, json.loads((out / "report.json").read_text())
 
 
