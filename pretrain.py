@@ -65,9 +65,9 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
-    steps: int = 3500
+    steps: int = 4000
     """Optimizer steps."""
-    sight: float = 0.3
+    sight: float = 0.5
     """Share of them, the first, in which the vision encoder learns alone."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
@@ -122,18 +122,18 @@ def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]
 
 def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[str, Tensor]:
     """Questions and answers in the words of the model's family: what its forward takes, and labels, all (B, L); a
-    label is -100 where nothing is to be said."""
+    label is -100 where nothing is to be said. Answers begin with a space, so that a name is the same word as asked."""
     text = lambda s: tokenizer(s, add_special_tokens=False).input_ids
     paligemma, rows = config.model_type == "paligemma", []
     for question, answer in asked:
         if paligemma:
             vision = config.vision_config
             before = [config.image_token_index] * (vision.image_size // vision.patch_size) ** 2
-            rows.append((before + text(f"<bos>{common.STUDENT_PROMPT.format(sent=question)}"), text(f"{answer}<eos>")))
+            rows.append((before + text(f"<bos>{common.STUDENT_PROMPT.format(sent=question)}"), text(f" {answer}<eos>")))
         else:
             before = text("<|im_start|>user\nFrame1: <img>") + [config.image_token_id] * config.image_seq_length
             rows.append((before + text(f"</img>\n{question}<|im_end|>\n<|im_start|>assistant\n"),
-                         text(f"{answer}<|im_end|>")))  # fmt: skip
+                         text(f" {answer}<|im_end|>")))  # fmt: skip
     length, pad = max(len(q) + len(a) for q, a in rows), tokenizer.pad_token_id
     stack = lambda of, value: torch.tensor([of(q, a) + [value] * (length - len(q) - len(a)) for q, a in rows])
     made = {

@@ -78,7 +78,7 @@ def run(*args: object, ranks: int = 1, code: int | None = 0, timeout: float = 24
 def start(*args: object, before: Callable[[], None] | None = None, env: dict[str, str] | None = None, log=None) -> int:
     """Starts `python SCRIPT ARGS` as a process of its own, forked from this one: what it imports is here already, which
     saves some seconds. `before` runs in it first. Returns its process id; its output goes to the file `log`.
-    Not for scripts that render, use `run`: where this process has a GL context, a fork waits for its threads forever."""
+    Not for scripts that render, use `run`: a fork of a process with a GL context hangs in it."""
     module = importlib.import_module(Path(str(args[0])).stem)
     if pid := os.fork():
         return pid
