@@ -5,7 +5,7 @@
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
-    demos, play, start_* --> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
+    demos, play, start_paligemma --> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
 
 A unit is one command of one stage. Reads nothing. Writes runs/<preset>/reproduce/<unit>/, the stage's own folder,
 beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, results/<preset>/<unit>.json.
@@ -59,7 +59,7 @@ STAGES = {  # what all units of a stage have in common
     "record": "franka.py --{preset} --record {record} --task all --seed 1",
     "play": "-m data.play --{preset}",
     "pretrain": "pretrain.py --{preset}",
-    "lam": "lam.py --{preset} --encoder {start_internvl}/hf --data {play}/*",
+    "lam": "lam.py --{preset} --data {play}/*",
     "distill": "distill.py --{preset} --student {start_paligemma}/hf --data {play}/*",
     "clone": "finetune.py --{preset} --init {start_paligemma}/hf --data {play}/fr3 {play}/sixaxis {play}/gripper",
     "finetune": "finetune.py --{preset} --data {demos}",
@@ -69,7 +69,6 @@ STAGES = {  # what all units of a stage have in common
 UNITS = {  # unit: its stage, and what it has of its own
     "demos": "record",
     "play": "play",
-    "start_internvl": "pretrain --model internvl-{preset}",
     "start_paligemma": "pretrain --model paligemma-{preset}",
     "lam_latbot": "lam",
     "lam_univla-style": "lam --no-uad --no-dla",
@@ -111,7 +110,7 @@ class Preset(NamedTuple):
 
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
-    "small": Preset({10: 10, 50: 50, 100: 100}, 20, {"clone": "--steps 4000"}),
+    "small": Preset({10: 10, 50: 50, 100: 100}, 20, {"lam": "--steps 2400", "clone": "--steps 4000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
@@ -119,7 +118,7 @@ PRESETS = {
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "pretrain": 1.2, "lam": 0.8, "distill": 1.6, "clone": 1.95, "finetune": 1.95,
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.5, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
            "evaluate": 600}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
