@@ -146,8 +146,9 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/five_tasks",), lam="runs/small/lam", out="runs/small/distill", student="paligemma-small",
-    more_cameras=("wrist",), batch=16, accumulate=1, steps=2000, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True,
-    checkpointing=False, val_every=10, val_samples=128, save_every=200, log_every=20, workers=0, preload=True,
+    more_cameras=("wrist",), batch=16, accumulate=1, steps=2000, lr=1e-3, min_lr=1e-5, warmup=100, muon=4e-3,
+    cpu_bf16=True, checkpointing=False, val_every=10, val_samples=128, save_every=200, log_every=20, workers=0,
+    preload=True,
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ Where we depart from the paper, or fill in what it does not say:
     a squared error and a cross-entropy, which need no noise. It starts as pi0.5's at the first of these steps (see
     `pi05_expert`), beside a distilled student as beside pi0.5's own, so that Table 4 compares the students alone.
  2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
-    before the policy looks again.
+    before the policy looks again; at --small one, where a demonstration takes three seconds and its corrections count.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
@@ -156,7 +156,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/pick_cup",), init="runs/small/distill", out="runs/small/finetune", expert="small",
-    latents=(16, 16), batch=16, steps=2500, lr=5e-4, min_lr=1e-5, warmup=100, cpu_bf16=True,
+    latents=(16, 16), execute=1, batch=16, steps=1500, lr=1e-3, min_lr=1e-5, warmup=100, muon=4e-3, cpu_bf16=True,
     save_every=500, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 

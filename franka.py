@@ -102,6 +102,8 @@ class Args:
     """Vary light, cameras and the table's colour mildly, and add distractor objects (our choice)."""
     record: int = 0
     """Record that many successful demonstrations of each task instead of running trials (Sec. 4.4: 100 a task)."""
+    disturb: float = 1.0
+    """How hard demonstrations are disturbed: see `Disturbance`. 0 for perfect ones (our choice)."""
     workers: int = 2
     """Processes that simulate and render while recording; the data set does not depend on it (our choice)."""
     out: str = "runs/paper/franka"
@@ -1182,29 +1184,32 @@ def evaluate(args: Args) -> None:
 
 
 class Disturbance:
-    """Pushes of 2 to 4 ticks of up to 1 cm and 0.05 rad each, in free space only. What is executed is pushed off; what
-    is recorded is what the expert wanted, so the data show the way back."""
+    """Pushes of 2 to 4 ticks, in free space only. What is executed is pushed off; what is recorded is what the expert
+    wanted, so the data show the way back.
 
-    def __init__(self, rng: np.random.Generator):
-        self.rng, self.left, self.now = rng, 0, np.zeros(6)
+    strength: times 1 cm and 0.05 rad is their largest size a tick, its square times 5 % the chance that one begins."""
+
+    def __init__(self, rng: np.random.Generator, strength: float = 1.0):
+        self.rng, self.strength, self.left, self.now = rng, strength, 0, np.zeros(6)
 
     def push(self, free: bool) -> np.ndarray:
         """What is added to this tick's move (6,); to be called once a tick."""
-        if self.left == 0 and self.rng.random() < 0.05:
+        if self.left == 0 and self.rng.random() < 0.05 * self.strength**2:
             self.left = int(self.rng.integers(2, 5))
-            self.now = np.concatenate([self.rng.uniform(-0.01, 0.01, 3), [0, 0, self.rng.uniform(-0.05, 0.05)]])
+            size = self.rng.uniform(-0.01, 0.01, 3), [0, 0, self.rng.uniform(-0.05, 0.05)]
+            self.now = self.strength * np.concatenate(size)
         pushed = self.left > 0 and free
         self.left = max(0, self.left - 1)
         return self.now if pushed else np.zeros(6)
 
 
-def demonstrate(robot: SimFranka, trial: int, seed: int) -> tuple[dict | None, str]:
-    """One demonstration with disturbances. Returns the arguments of LeRobotWriter.add_episode, or None and the reason
-    of failure. With rendering off, `frames` is empty and everything else the same."""
+def demonstrate(robot: SimFranka, trial: int, seed: int, disturb: float = 1.0) -> tuple[dict | None, str]:
+    """One demonstration with disturbances, so strong. Returns the arguments of LeRobotWriter.add_episode, or None and
+    the reason of failure. With rendering off, `frames` is empty and everything else the same."""
     observation, expert, task = robot.reset(trial, seed), ExpertPolicy(), robot.task
     expert.reset(robot)
     entropy = [seed, list(TASKS).index(task.name), trial]
-    disturbance = Disturbance(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,))))
+    disturbance = Disturbance(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,))), disturb)
     frames: dict[str, list] = {camera: [] for camera in observation.images}
     actions, states, phases, done, reason = [], [], [], None, ""
     while done is None and robot.seconds < task.limit - 1e-6:
@@ -1238,11 +1243,13 @@ def begin_work() -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _work(task: str, image_size: int, look: str, variation: bool, trial: int, seed: int) -> tuple[dict | None, str]:
+def _work(
+    task: str, image_size: int, look: str, variation: bool, trial: int, seed: int, disturb: float
+) -> tuple[dict | None, str]:  # fmt: skip
     key = (task, image_size, look, variation)
     if key not in _robots:
         _robots[key] = SimFranka(*key)
-    return demonstrate(_robots[key], trial, seed)
+    return demonstrate(_robots[key], trial, seed, disturb)
 
 
 def record(args: Args) -> dict[str, float]:
@@ -1273,7 +1280,7 @@ def record(args: Args) -> dict[str, float]:
             while len(queue) < min(ahead, args.record - made):
                 on_disk = (made + len(queue)) * len(tasks) + tasks.index(task) < skip
                 size = 0 if on_disk else pixels
-                queue.append(pool.submit(_work, task, size, args.look, args.variation, trial, seed))
+                queue.append(pool.submit(_work, task, size, args.look, args.variation, trial, seed, args.disturb))
                 trial += 1
             episode, reason = queue.popleft().result()
             if episode is None:
@@ -1317,7 +1324,7 @@ def record(args: Args) -> dict[str, float]:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, record=0, workers=1, record_size=16,
+    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, record=0, disturb=0, workers=1, record_size=16,
                     image_size=16 * bool(args.image_size))  # fmt: skip
     if args.task not in TASKS and not (args.task == "all" and args.record):
         raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")

@@ -5,7 +5,7 @@
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
-    demos, play, start_paligemma --> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
+    demos, play, start_* --> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
 
 A unit is one command of one stage. Reads nothing. Writes runs/<preset>/reproduce/<unit>/, the stage's own folder,
 beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, results/<preset>/<unit>.json.
@@ -19,8 +19,9 @@ Where the paper is silent (all our choice):
  1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each.
  2. Seeds of placements: 1 for demonstrations, 0 for looking and tuning, which is what `franka.py` does by itself, and
     1000 for the trials here, which nothing else uses. All methods meet the same.
- 3. Every method starts from the same stand-in for pretrained models and is fine-tuned alike; one control, "scratch",
-    without it says what it is worth. Behaviour cloning on play gets about the time of stages 1 and 2 together.
+ 3. Every method's student starts from the same stand-in for pretrained models and is fine-tuned alike; one control,
+    "scratch", without it says what it is worth. Latent action models start from random weights. Behaviour
+    cloning on play gets about the time of stages 1 and 2 together.
 """
 
 import ast

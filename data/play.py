@@ -74,6 +74,8 @@ class Args:
     """Successful episodes of all data sets together (our choice)."""
     image_size: int = 96
     """Height and width of the pictures, in pixels (our choice)."""
+    disturb: float = 1.0
+    """How hard free movements are disturbed: see `franka.Disturbance` (our choice)."""
     workers: int = 2
     """Processes that simulate and render; the data do not depend on it (our choice)."""
     seed: int = 0
@@ -87,7 +89,7 @@ class Args:
 
 
 TINY = Args(episodes=20, image_size=64, out="runs/tiny/play")
-SMALL = Args(episodes=3000)
+SMALL = Args(episodes=3000, disturb=2)
 
 # --------------------------------------------------------------------------------------------------------------------
 # One episode
@@ -127,7 +129,8 @@ def behaviour(corpus: str, number: int) -> tuple[str, str]:
 
 
 def play(
-    body: str, family: str, entropy: Sequence[int], size: int = 96, cameras: Sequence[str] = ("primary",)
+    body: str, family: str, entropy: Sequence[int], size: int = 96, cameras: Sequence[str] = ("primary",),
+    disturb: float = 1.0,
 ) -> tuple[dict | None, str]:  # fmt: skip
     """One attempt, a function of its arguments. Returns what was seen and done, or None and why it is no success:
     "frames" by camera, lists of uint8 (size, size, 3), empty where size is 0; "action" (n, A) and "state" (n, S), of
@@ -137,7 +140,7 @@ def play(
         scene = Scene(body, FAMILIES[family], rng)
     except Crowded:
         return None, "no room"
-    script, disturbance = scene.family.expert(scene), Disturbance(rng)
+    script, disturbance = scene.family.expert(scene), Disturbance(rng, disturb)
     if size:
         key = size, len(cameras)
         if key not in _eyes:
@@ -183,14 +186,14 @@ def _pushed(command: Command, push: np.ndarray) -> Command:
     return command._replace(position=position, quaternion=quaternion)
 
 
-def make(corpus: str, number: int, seed: int, size: int) -> tuple[dict, list[str], float]:
+def make(corpus: str, number: int, seed: int, size: int, disturb: float = 1.0) -> tuple[dict, list[str], float]:
     """Episode `number` of a data set: the first success. Returns the arguments of LeRobotWriter.add_episode, why the
     attempts before it were dropped, and the seconds all took. A worker runs this."""
     start, dropped, of = time.perf_counter(), [], CORPORA[corpus]
     body, family = behaviour(corpus, number)
     for attempt in range(ATTEMPTS):
         entropy = (seed, list(CORPORA).index(corpus), number, attempt)
-        episode, reason = play(body, family, entropy, size, of.cameras)
+        episode, reason = play(body, family, entropy, size, of.cameras, disturb)
         if episode is not None:
             break
         dropped.append(reason)
@@ -224,7 +227,7 @@ def record(args: Args) -> None:
     if args.image_size % 2:
         raise InputError(f"--image-size {args.image_size}: must be even (h264 halves the colours)")
     play("gripper", "lift", (0,), args.image_size)  # a missing GL library is said here, not by a worker
-    out, settings = Path(args.out), {"seed": args.seed, "image_size": args.image_size}
+    out, settings = Path(args.out), {"seed": args.seed, "image_size": args.image_size, "disturb": args.disturb}
     kept, dropped, spent, ticks = Counter(), defaultdict(Counter), Counter(), Counter()
     with contextlib.ExitStack() as stack:
         writers = {}
@@ -255,7 +258,7 @@ def record(args: Args) -> None:
             while missing or running:
                 while missing and len(running) < 4 * args.workers:
                     job = missing.popleft()
-                    running.append((job, pool.submit(make, *job, args.seed, args.image_size)))
+                    running.append((job, pool.submit(make, *job, args.seed, args.image_size, args.disturb)))
                 job, future = running.popleft()
                 episode, reasons, seconds = future.result()
                 writers[job[0]].add_episode(**episode)
@@ -312,7 +315,7 @@ def sheet(path: Path, seed: int, size: int = 96, frames: int = 6) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, episodes=1, image_size=16, workers=1, seed=0)
+    common.at_least(args, episodes=1, image_size=16, disturb=0, workers=1, seed=0)
     if not args.sheet:
         record(args)
     elif Path(args.sheet).suffix != ".png":

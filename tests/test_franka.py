@@ -348,16 +348,18 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
 def test_disturbances_are_corrected_by_the_recorded_action():
     """Some recorded actions differ from what was executed, and the next ones lead back: the episode succeeds."""
     robot = SimFranka("pick_cup", image_size=0)
-    pushed = 0
-    for trial in range(4):
-        episode, reason = franka.demonstrate(robot, trial, seed=1)
-        assert episode is not None, reason
-        position, _ = common.apply_action(
-            episode["state"][:-1, :3], episode["state"][:-1, 3:7], episode["action"][:-1, :6]
-        )
-        pushed += (np.linalg.norm(position - episode["state"][1:, :3], axis=1) > 4e-3).sum()
-        assert len(episode["action"]) < 40  # and the expert never stalls
-    assert pushed > 0
+    pushed = {}
+    for strength in (0, 1, 3):
+        away = []
+        for trial in range(4):
+            episode, reason = franka.demonstrate(robot, trial, 1, strength)
+            assert episode is not None, reason
+            state, action = episode["state"], episode["action"]
+            position, _ = common.apply_action(state[:-1, :3], state[:-1, 3:7], action[:-1, :6])
+            away.append(np.linalg.norm(position - state[1:, :3], axis=1))
+            assert len(action) < 40  # and the expert never stalls
+        pushed[strength] = np.concatenate(away)
+    assert (pushed[0] < 4e-3).all() and pushed[1].max() > 4e-3 and pushed[3].max() > 2e-2
 
 
 def test_demonstrations_never_use_the_evaluation_seed(tmp_path):
