@@ -103,6 +103,9 @@ class Args:
     """Scene and motion queries where --init is no distilled student (one brings its own). (Sec. 4.1)"""
     augment: bool = False
     """Shift the training images by up to 6 % and vary brightness and contrast. (our choice)"""
+    state_noise: float = 0.0
+    """Standard deviation of noise on the training states, normalised, so that a few demonstrations are told apart by
+    what is seen rather than by where the robot is. (our choice)"""
     batch: int = 8
     """Windows per GPU and micro-step: 8 x 8 GPUs = 64. (Sec. 4.3)"""
     accumulate: int = 1
@@ -603,6 +606,12 @@ def views(batch: dict, args: Args) -> Tensor:
     return torch.cat([batch[c] for c in args.cameras], 1)
 
 
+def blur(state: Tensor, mask: Tensor, sigma: float, index: Tensor, seed: int) -> Tensor:
+    """The normalised state (B, 46) with noise of standard deviation sigma in what the robot has of it, mask (46,). The
+    noise of a sample depends on (seed, its number) alone."""
+    return state + sigma * mask * common.noise(state.shape[1:], index, seed, state.device, purpose=7)
+
+
 def shard(model: VLA, process: Process) -> None:
     """FSDP2 or HSDP: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
@@ -678,11 +687,13 @@ def train(args: Args, process: Process) -> None:
         counts = counts / (process.world * args.accumulate)
         totals: dict[str, Tensor] = {}
         for batch in batches:
-            images = views(batch, args)
+            images, state = views(batch, args), batch["state"]
             if args.augment:
                 images = augment(images, batch["index"], args.seed)
+            if args.state_noise:
+                state = blur(state, model.state_mask, args.state_noise, batch["index"], args.seed)
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                actions = model(images, batch["state"], batch["instruction"])
+                actions = model(images, state, batch["instruction"])
                 loss, parts = policy_loss(actions, batch["action"], batch["action_mask"], counts)
             (loss / args.accumulate).backward()
             for k, v in parts.items():
@@ -723,7 +734,7 @@ def export(run: str, out: str) -> None:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3)
+    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0)
     if not 1 <= args.execute <= args.chunk:
         raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
     if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:

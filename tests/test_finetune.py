@@ -321,6 +321,36 @@ def test_one_data_set_or_several_on_the_command_line():
     assert parse("--tiny") == ("data/tiny",)
 
 
+def test_state_noise():
+    state, mask, index = torch.rand(500, 46), torch.arange(46) < 8, torch.arange(500)
+    added = finetune.blur(state, mask, 0.2, index, seed=0) - state
+    assert (added[:, 8:] == 0).all() and added[:, :8].std() == pytest.approx(0.2, rel=0.05)
+    assert added[:, :8].mean().abs() < 0.01 and torch.equal(added, finetune.blur(state, mask, 0.2, index, 0) - state)
+    assert torch.allclose(finetune.blur(state[7:9], mask, 0.2, index[7:9], 0) - state[7:9], added[7:9])
+
+
+def test_state_noise_reaches_the_model(monkeypatch, tmp_path):
+    """Training sees other states with it, the same without it, and validation never."""
+    seen = []
+    forward = finetune.VLA.forward
+
+    def spy(model, images, state, instructions):
+        seen.append((model.training, state.clone()))
+        return forward(model, images, state, instructions)
+
+    monkeypatch.setattr(finetune.VLA, "forward", spy)
+    runs = {}
+    for sigma in (0.0, 0.3):
+        seen.clear()
+        args = replace(finetune.TINY, init="paligemma-tiny", out=str(tmp_path / str(sigma)), steps=1, warmup=0,
+                       save_every=1, val_samples=4, state_noise=sigma)  # fmt: skip
+        finetune.train(args, h.process())
+        runs[sigma] = [(training, state) for training, state in seen]
+    pairs = list(zip(runs[0.0], runs[0.3], strict=True))
+    assert {training for (training, _), _ in pairs} == {True, False}
+    assert all(torch.equal(a, b) != training for (training, a), (_, b) in pairs)
+
+
 def test_augment():
     """Depends on (seed, sample) alone, moves by at most 6 %, shifts brightness by at most 10 % and contrast by 20 %."""
     images, index = h.pictures(4, k=2), torch.tensor([3, 7, 11, 3])
