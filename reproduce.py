@@ -111,7 +111,8 @@ class Preset(NamedTuple):
 
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
-    "small": Preset({10: 10, 50: 50, 100: 100}, 20, {"lam": "--steps 2400", "clone": "--steps 4000"}),
+    "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
+        "record": "--disturb 2.5", "lam": "--steps 2400", "clone": "--steps 3000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
@@ -120,7 +121,7 @@ PRESETS = {
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
 SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.5, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
-           "evaluate": 600}  # fmt: skip
+           "evaluate": 900}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 FREE = {"out", "resume", "workers", "log_every", "save_every", "preload", "max_bad"}  # change no result
