@@ -252,6 +252,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monk
         (f"--episodes 12 --image-size 32 --out {corpus}", "add --resume"),
         (f"--episodes 12 --image-size 32 --seed 4 --resume --out {corpus}", "choose another --out"),
         (f"--episodes 12 --image-size 34 --resume --out {corpus}", "choose another --out"),
+        (f"--episodes 12 --image-size 32 --disturb 2 --resume --out {corpus}", "choose another --out"),
         (f"--image-size 33 --out {tmp_path / 'x'}", "must be even"),
         (f"--episodes 0 --out {tmp_path / 'x'}", "--episodes 0"),
         (f"--sheet {tmp_path / 'x.jpg'}", "ends in .png"),
@@ -264,4 +265,5 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monk
         assert stop.value.code == 2 and message in error and error.count("\n") == 1, error
     assert before == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert not list(tmp_path.iterdir())
-    assert json.loads((corpus / "fr3/meta/play.json").read_text()) == {"seed": 0, "image_size": 32}
+    assert json.loads((corpus / "fr3/meta/play.json").read_text()) == {
+        "seed": 0, "image_size": 32, "disturb": 1.0}  # fmt: skip
