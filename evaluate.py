@@ -826,7 +826,8 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
     common.write_json(path, report)
     stages = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
     if args.results:
-        facts = {"commands": [f"python {' '.join(sys.argv)}"], "seed": args.seed, "hardware": hardware()}
+        words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv]  # not where a machine has it
+        facts = {"commands": [f"python {' '.join(words)}"], "seed": args.seed, "hardware": hardware()}
         facts |= {"evaluated_at_commit": part["commit"]}
         if stages[args.what][1] != "expert":
             facts |= training(*stages[args.what])

@@ -1295,12 +1295,14 @@ def record(args: Args) -> dict[str, float]:
             sources = [episodes(task) for task in tasks]
             for i in range(total):
                 episode = next(sources[i % len(tasks)])
+                n = len(episode["action"])
                 first = first or time.perf_counter()
                 if i >= skip:
                     writer.add_episode(**episode)
-                elif writer.episodes[i]["tasks"] != [episode["task"]]:
-                    raise InputError(f"{args.out} was recorded with another --task or --seed: choose another --out")
-                frames += len(episode["action"])
+                elif (writer.episodes[i]["tasks"], writer.episodes[i]["length"]) != ([episode["task"]], n):
+                    other = "another --task, --seed or --disturb"
+                    raise InputError(f"{args.out} was recorded with {other}: choose another --out")
+                frames += n
                 bar.update()
     except BrokenProcessPool:
         raise InputError(

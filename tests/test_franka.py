@@ -341,8 +341,9 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
         assert np.array_equal(a["action"], b["action"]) and np.array_equal(a["state"], b["state"])
         assert (a["task"], a["subtask"]) == (b["task"], b["subtask"])
     assert "failed and were left out" in capsys.readouterr().out
-    with pytest.raises(InputError, match="another --task or --seed"):
-        franka.record(Args(task="pot_oven", record=11, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True))
+    for other in ({"task": "pot_oven", "record": 11}, {"task": "all", "record": 3, "disturb": 4}):
+        with pytest.raises(InputError, match="another --task, --seed or --disturb"):
+            franka.record(Args(image_size=64, out=str(tmp_path / "d"), workers=1, resume=True, **other))
 
 
 def test_disturbances_are_corrected_by_the_recorded_action():
