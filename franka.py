@@ -1145,27 +1145,30 @@ def evaluate(args: Args) -> None:
     folder, seed = Path(args.out) / args.task, args.seed or 0
     SimFranka(args.task).close()  # an unknown task or a missing GL library is said before anything is written
     policy = make_policy(args.policy)
+    size = picture_size(policy, args.image_size, args.record_size)
+    settings = {"policy": policy.name, "seed": seed, "limit": args.seconds or TASKS[args.task].limit,
+                "image_size": size, "look": args.look, "variation": args.variation}  # fmt: skip
     path, entries = folder / "results.json", []
     if path.exists():
         if not args.resume:
             raise InputError(f"{path} exists: add --resume to run the missing trials, or choose another --out")
         entries = common.read_json(path)
-        others = {(e["policy"], e["seed"]) for e in entries} - {(policy.name, seed)}
-        if others:
-            raise InputError(f"{path} holds (policy, seed) {others}, not {(policy.name, seed)}: choose another --out")
+        for there in ({k: e.get(k, v) for k, v in settings.items()} for e in entries):  # earlier commits had fewer
+            if there != settings:
+                raise InputError(f"{path} holds trials of {there}, not of {settings}: choose another --out")
     wanted = range(args.first_trial, args.first_trial + args.trials)
     missing = [t for t in wanted if t not in {e["trial"] for e in entries}]
     folder.mkdir(parents=True, exist_ok=True)
 
     def report(entry: dict) -> None:
-        entries.append(entry)
+        entries.append(entry | settings)
         common.write_json(path, sorted(entries, key=lambda e: e["trial"]))
 
     more = missing and (folder / "video.mp4").exists()
     film = Film(folder / (f"video_from_{missing[0]}.mp4" if more else "video.mp4"))
     run_trials(
-        policy, args.task, missing, seed, image_size=picture_size(policy, args.image_size, args.record_size),
-        look=args.look, variation=args.variation, seconds=args.seconds, film=film.add, report=report,
+        policy, args.task, missing, seed, image_size=size, look=args.look, variation=args.variation,
+        seconds=args.seconds, film=film.add, report=report,
     )  # fmt: skip
     film.close()
     here = sorted((e for e in entries if e["trial"] in wanted), key=lambda e: e["trial"])
@@ -1184,10 +1187,11 @@ def evaluate(args: Args) -> None:
 
 
 class Disturbance:
-    """Pushes of 2 to 4 ticks, in free space only. What is executed is pushed off; what is recorded is what the expert
-    wanted, so the data show the way back.
+    """Noise injection (as in DART, arXiv 1703.09327): pushes of 2 to 4 ticks, in free space only. What is executed is
+    pushed off; what is recorded is what the expert wanted, so the data show the way back.
 
-    strength: times 1 cm and 0.05 rad is their largest size a tick, its square times 5 % the chance that one begins."""
+    strength: a push is up to this times 1 cm along each axis and 0.05 rad around the vertical one, each tick; its
+    square times 5 % is the chance that one begins in a tick (our choice)."""
 
     def __init__(self, rng: np.random.Generator, strength: float = 1.0):
         self.rng, self.strength, self.left, self.now = rng, strength, 0, np.zeros(6)
@@ -1204,8 +1208,8 @@ class Disturbance:
 
 
 def demonstrate(robot: SimFranka, trial: int, seed: int, disturb: float = 1.0) -> tuple[dict | None, str]:
-    """One demonstration with disturbances, so strong. Returns the arguments of LeRobotWriter.add_episode, or None and
-    the reason of failure. With rendering off, `frames` is empty and everything else the same."""
+    """One demonstration. Returns the arguments of LeRobotWriter.add_episode, or None and the reason of failure. With
+    rendering off, `frames` is empty and everything else the same. disturb: strength of the disturbances."""
     observation, expert, task = robot.reset(trial, seed), ExpertPolicy(), robot.task
     expert.reset(robot)
     entropy = [seed, list(TASKS).index(task.name), trial]
@@ -1254,7 +1258,8 @@ def _work(
 
 def record(args: Args) -> dict[str, float]:
     """Records args.record successful demonstrations of each task, round-robin, in the order of the trials' numbers: the
-    first n episodes of a task are the same for any larger number and for any number of workers.
+    first n episodes of a task are the same for any larger number and for any number of workers. What else they depend
+    on is kept in meta/record.json.
 
     Returns episodes, frames, seconds, and the rate (episodes/s) from the first finished episode on."""
     seed = 1 if args.seed is None else args.seed
@@ -1266,7 +1271,14 @@ def record(args: Args) -> dict[str, float]:
     cameras = {name: (pixels, pixels) for name in ("primary", "wrist")}
     writer = LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
     skip, total = writer.num_episodes, args.record * len(tasks)
-    if skip:
+    path = Path(args.out) / "meta/record.json"
+    settings = {"seed": seed, "disturb": args.disturb, "look": args.look, "variation": args.variation}
+    if not skip:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.write_json(path, settings)
+    elif path.exists() and (there := common.read_json(path)) != settings:
+        raise InputError(f"{args.out} was recorded with {there}, not {settings}: choose another --out")
+    else:
         print(f"{args.out} holds {skip} episodes: simulating those again without rendering, then going on")
     failures: dict[str, list[str]] = {task: [] for task in tasks}
     ahead = max(2, 3 * args.workers // len(tasks))  # trials of a task under way at a time

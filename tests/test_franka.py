@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -341,9 +342,29 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
         assert np.array_equal(a["action"], b["action"]) and np.array_equal(a["state"], b["state"])
         assert (a["task"], a["subtask"]) == (b["task"], b["subtask"])
     assert "failed and were left out" in capsys.readouterr().out
-    for other in ({"task": "pot_oven", "record": 11}, {"task": "all", "record": 3, "disturb": 4}):
+    args = Args(task="all", record=3, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True)
+    kept = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
+    for other in ({"seed": 3}, {"disturb": 4}, {"look": "mesh"}, {"variation": True}):
+        with pytest.raises(InputError, match="was recorded with {'seed': 1, 'disturb': 1.0, .*choose another --out"):
+            franka.record(replace(args, **other))
+    (tmp_path / "d/meta/record.json").unlink()  # as of an earlier commit
+    for other in ({"task": "pot_oven", "record": 11}, {"disturb": 4}):
         with pytest.raises(InputError, match="another --task, --seed or --disturb"):
-            franka.record(Args(image_size=64, out=str(tmp_path / "d"), workers=1, resume=True, **other))
+            franka.record(replace(args, **other))
+    kept.pop(tmp_path / "d/meta/record.json")
+    assert kept == {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
+
+
+def test_the_strength_of_disturbances():
+    """Chance and size of a push grow as they are said to; where the tool is not free, there is none."""
+    for strength in (0, 1, 2.5):
+        disturbance = franka.Disturbance(np.random.default_rng(0), strength)
+        pushes = np.stack([disturbance.push(True) for _ in range(20_000)])
+        share, chance = pushes.any(1).mean(), 0.05 * strength**2
+        assert share == pytest.approx(3 * chance / (1 + 2 * chance), rel=0.1)  # of 3 ticks each, in the mean
+        limit = strength * np.array([0.01, 0.01, 0.01, 0, 0, 0.05])
+        assert (abs(pushes) <= limit).all() and (abs(pushes).max(0) >= 0.95 * limit).all()
+        assert not any(disturbance.push(False).any() for _ in range(200))
 
 
 def test_disturbances_are_corrected_by_the_recorded_action():
@@ -426,7 +447,8 @@ def test_runner_writes_results_and_video_and_resumes(tmp_path, monkeypatch, caps
     path = tmp_path / "run/close_oven/results.json"
     entries = json.loads(path.read_text())
     assert [e["trial"] for e in entries] == [0, 1]
-    assert set(entries[0]) == {"task", "trial", "seed", "policy", "instruction", "success", "seconds", "reason"}
+    about = {"task", "trial", "instruction", "success", "seconds", "reason"}  # and what all trials there have in common
+    assert set(entries[0]) == about | {"policy", "seed", "limit", "image_size", "look", "variation"}
     assert entries[0]["policy"] == "expert" and entries[0]["seed"] == 0 and entries[0]["success"] is True
     low, high = common.wilson(2, 2)
     assert f"2/2 successful (95 % interval {low:.0%} to {high:.0%})" in capsys.readouterr().out
@@ -441,9 +463,14 @@ def test_runner_writes_results_and_video_and_resumes(tmp_path, monkeypatch, caps
     franka.main()
     again = json.loads(path.read_text())
     assert again[:2] == entries and again[2]["trial"] == 2
-    monkeypatch.setattr(sys, "argv", [*command, "--resume", "--seed", "3"])
-    with pytest.raises(InputError, match="choose another --out"):
-        franka.main()
+    common.write_json(path, [{k: v for k, v in e.items() if k != "limit"} for e in again])  # as of an earlier commit
+    franka.main()
+    common.write_json(path, again)
+    for other in ("--seed 3", "--seconds 5", "--image-size 96", "--look mesh", "--variation"):
+        monkeypatch.setattr(sys, "argv", [*command, "--resume", "--trials", "4", *other.split()])
+        with pytest.raises(InputError, match="choose another --out"):
+            franka.main()
+    assert json.loads(path.read_text()) == again
 
 
 class FakePolicy:
