@@ -38,7 +38,7 @@ Where we depart from the paper, or fill in what it does not say:
  5. The student starts from pi0.5's VLM (Sec. 6.2) as lerobot publishes it, which brings no tokenizer: PaliGemma's goes
     with it (see common.load_pi05). google/paligemma-3b-pt-224, from which pi0.5 was trained, can take its place. The
     prompt is PaliGemma's: pi0.5's own also spells out the robot's state, which this stage does not have. At --tiny and
-    --small the student starts from random weights.
+    --small the student starts from random weights, and at --small Muon trains the matrices of its layers (lam.py 8).
  6. 138,000 steps at a batch of 256: 7 days of 16 A100s by `python -m benchmarks.plan distill`, 4.4 s a step at 40 % of
     their peak. 84 % of the arithmetic is the teacher's, which looks at 16 frames.
  7. The paper's student sees one frame. A policy sees more cameras, so at --small the student already learns to look at

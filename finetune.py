@@ -28,9 +28,10 @@ Where we depart from the paper, or fill in what it does not say:
     a squared error and a cross-entropy, which need no noise. It starts as pi0.5's at the first of these steps (see
     `pi05_expert`), beside a distilled student as beside pi0.5's own, so that Table 4 compares the students alone.
  2. Its tokens are the state and H = 16 learned action queries, all visible to each other. 8 of 16 actions are executed
-    before the policy looks again; at --small one, where a demonstration takes three seconds and its corrections count.
+    before the policy looks again; at --small one, where demonstrations take a few seconds and their corrections count.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
- 4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only.
+ 4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
+    trains the matrices of the layers (lam.py 8).
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
@@ -87,7 +88,7 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     export: str = ""
     """Instead of training: write the newest policy of this run into the folder `out`, to be handed on: weights in
-    bfloat16 and no optimizer, a sixth of the bytes. (our choice)"""
+    bfloat16 and no optimizer, a sixth of the bytes (a fourth with --muon). (our choice)"""
     expert: str = "lerobot/pi05_base"
     """The action expert: pi0.5 (folder or hub name), to start from its own beside whatever student; or 300m, small
     or tiny from random weights (300m beside pi0.5 itself: its own). (our choice: one start for all rows of Table 4)"""
@@ -606,9 +607,9 @@ def views(batch: dict, args: Args) -> Tensor:
     return torch.cat([batch[c] for c in args.cameras], 1)
 
 
-def blur(state: Tensor, mask: Tensor, sigma: float, index: Tensor, seed: int) -> Tensor:
-    """The normalised state (B, 46) with noise of standard deviation sigma in what the robot has of it, mask (46,). The
-    noise of a sample depends on (seed, its number) alone."""
+def noisy(state: Tensor, mask: Tensor, sigma: float, index: Tensor, seed: int) -> Tensor:
+    """The normalised state (B, 46) with Gaussian noise of standard deviation sigma in what the robot has of it, mask
+    (46,). The noise of a sample depends on (seed, its number) alone."""
     return state + sigma * mask * common.noise(state.shape[1:], index, seed, state.device, purpose=7)
 
 
@@ -691,7 +692,7 @@ def train(args: Args, process: Process) -> None:
             if args.augment:
                 images = augment(images, batch["index"], args.seed)
             if args.state_noise:
-                state = blur(state, model.state_mask, args.state_noise, batch["index"], args.seed)
+                state = noisy(state, model.state_mask, args.state_noise, batch["index"], args.seed)
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 actions = model(images, state, batch["instruction"])
                 loss, parts = policy_loss(actions, batch["action"], batch["action_mask"], counts)

@@ -5,7 +5,8 @@
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
-    demos, play, start_* --> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
+    play --> lam_* ------------> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
+    start_paligemma (a stand-in) ----^    demos ----^
 
 A unit is one command of one stage. Reads nothing. Writes runs/<preset>/reproduce/<unit>/, the stage's own folder,
 beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, results/<preset>/<unit>.json.

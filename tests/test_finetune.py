@@ -323,10 +323,10 @@ def test_one_data_set_or_several_on_the_command_line():
 
 def test_state_noise():
     state, mask, index = torch.rand(500, 46), torch.arange(46) < 8, torch.arange(500)
-    added = finetune.blur(state, mask, 0.2, index, seed=0) - state
+    added = finetune.noisy(state, mask, 0.2, index, seed=0) - state
     assert (added[:, 8:] == 0).all() and added[:, :8].std() == pytest.approx(0.2, rel=0.05)
-    assert added[:, :8].mean().abs() < 0.01 and torch.equal(added, finetune.blur(state, mask, 0.2, index, 0) - state)
-    assert torch.allclose(finetune.blur(state[7:9], mask, 0.2, index[7:9], 0) - state[7:9], added[7:9])
+    assert added[:, :8].mean().abs() < 0.01 and torch.equal(added, finetune.noisy(state, mask, 0.2, index, 0) - state)
+    assert torch.allclose(finetune.noisy(state[7:9], mask, 0.2, index[7:9], 0) - state[7:9], added[7:9])
 
 
 def test_state_noise_reaches_the_model(monkeypatch, tmp_path):
