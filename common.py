@@ -226,8 +226,8 @@ class Optimizers(list):
     """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
     AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
 
-    args: lr, betas and weight_decay of AdamW, and `muon`, Muon's learning rate, or 0 for none. Raises InputError where
-    Muon's could not follow AdamW's."""
+    args: lr and betas of AdamW, `muon`, Muon's learning rate, or 0 for none, and the weight_decay of both. Raises
+    InputError where Muon's learning rate could not follow AdamW's."""
 
     def __init__(self, model: nn.Module, args: Any):
         if args.muon and not args.lr:

@@ -156,7 +156,7 @@ class Args:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's betas. (Sec. 6.3)"""
     weight_decay: float = 0.01
-    """AdamW's weight decay. (our choice)"""
+    """Weight decay, AdamW's and Muon's. (our choice)"""
     muon: float = 0.0
     """Peak learning rate of Muon for the matrices of the layers, while AdamW has the rest; 0: AdamW has all, as in
     Sec. 6.3. (our choice)"""
