@@ -143,6 +143,17 @@ def test_things_that_move_by_themselves_move_and_touch_nothing():
 # ---- Determinism and success ----
 
 
+def test_harder_disturbances_push_further():
+    """What is recorded leads to the next pose where nothing disturbs, and is off by centimetres at strength 3."""
+    away = {}
+    for strength in (0, 3):
+        episode, _, _ = play.make("gripper", 0, 0, 32, strength)
+        state, action = episode["state"], episode["action"]
+        position, _ = common.apply_action(state[:-1, :3], state[:-1, 3:7], action[:-1, :6])
+        away[strength] = np.linalg.norm(position - state[1:, :3], axis=1).max()
+    assert away[0] < 0.01 and away[3] > 0.02
+
+
 @pytest.mark.parametrize("body", BODIES)
 def test_an_episode_is_a_function_of_its_numbers(body):
     cameras = CORPORA[body].cameras
@@ -212,8 +223,8 @@ def test_data_sets_share_the_episodes_and_a_larger_corpus_begins_alike():
 def corpus(tmp_path_factory):
     """Ten episodes: six at first, by one worker; then two workers go on."""
     out = tmp_path_factory.mktemp("play") / "corpus"
-    play.record(Args(episodes=6, image_size=32, workers=1, out=str(out)))
-    play.record(Args(episodes=10, image_size=32, workers=2, out=str(out), resume=True))
+    play.record(Args(episodes=6, image_size=32, disturb=2, workers=1, out=str(out)))
+    play.record(Args(episodes=10, image_size=32, disturb=2, workers=2, out=str(out), resume=True))
     return out
 
 
@@ -223,7 +234,7 @@ def test_recording_resumes_and_does_not_depend_on_workers(corpus):
         numbers = [n for _, n in numbers]
         assert reader.num_episodes == len(numbers) and reader.fps == 10
         for n in numbers:
-            want, _, _ = play.make(name, n, 0, 32)
+            want, _, _ = play.make(name, n, 0, 32, disturb=2)
             have = reader.episode(n)
             action = common.scatter(want["action"], CORPORA[name].action_names, ACTION_NAMES)
             assert np.array_equal(have["action"], action) and have["task"] == want["task"]
@@ -249,10 +260,10 @@ def test_training_reads_all_data_sets_together(corpus):
 def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     cases = (
-        (f"--episodes 12 --image-size 32 --out {corpus}", "add --resume"),
-        (f"--episodes 12 --image-size 32 --seed 4 --resume --out {corpus}", "choose another --out"),
-        (f"--episodes 12 --image-size 34 --resume --out {corpus}", "choose another --out"),
-        (f"--episodes 12 --image-size 32 --disturb 2 --resume --out {corpus}", "choose another --out"),
+        (f"--episodes 12 --image-size 32 --disturb 2 --out {corpus}", "add --resume"),
+        (f"--episodes 12 --image-size 32 --disturb 2 --seed 4 --resume --out {corpus}", "choose another --out"),
+        (f"--episodes 12 --image-size 34 --disturb 2 --resume --out {corpus}", "choose another --out"),
+        (f"--episodes 12 --image-size 32 --resume --out {corpus}", "choose another --out"),
         (f"--image-size 33 --out {tmp_path / 'x'}", "must be even"),
         (f"--episodes 0 --out {tmp_path / 'x'}", "--episodes 0"),
         (f"--sheet {tmp_path / 'x.jpg'}", "ends in .png"),
@@ -266,4 +277,4 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monk
     assert before == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert not list(tmp_path.iterdir())
     assert json.loads((corpus / "fr3/meta/play.json").read_text()) == {
-        "seed": 0, "image_size": 32, "disturb": 1.0}  # fmt: skip
+        "seed": 0, "image_size": 32, "disturb": 2}  # fmt: skip

@@ -117,6 +117,16 @@ def test_only_the_answer_is_to_be_said(source):
         assert batch["attention_mask"][row].sum() >= image + len(said)
 
 
+@pytest.mark.parametrize("source", ["paligemma-tiny", "internvl-tiny"])
+def test_a_name_is_the_same_words_asked_and_answered(source):
+    """Token by token, also the first one of an answer."""
+    model, tokenizer = common.load_vlm(source)
+    row = {k: v[0] for k, v in pretrain.encode(tokenizer, model.config, [("detect red cube", "red cube")]).items()}
+    red, cube = row["labels"][row["labels"] != -100][:2]
+    question = row["input_ids"][row["labels"] == -100]
+    assert tokenizer.decode([red, cube]) == " red cube" and (question == red).sum() == (question == cube).sum() == 1
+
+
 def test_patches_are_labelled_with_what_they_show():
     owner = np.full((8, 8), -1, np.int8)
     owner[4:, 2:6] = 0  # the lower middle: halves of the lower two of four squares
