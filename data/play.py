@@ -17,7 +17,7 @@ Writes LeRobot data sets side by side, one a body (10 Hz; cameras `primary` and,
               the change of pose to the next tick; only the grippers, which EgoDex lacks, are as commanded
     video     all of the above as video alone: no actions, no states
 
-An episode is a function of (seed, data set, number): the set does not depend on the workers, on interruptions or on
+An episode is a function of (seed, disturb, data set, number): the set does not depend on workers, interruptions or
 --episodes. Only successful ones are kept, as judged by a predicate of the family; the rest are counted and reported.
 
 What it shares with the five tasks of franka.py: the FR3 and how it is drawn, its control (`franka.Arm`), the action's
