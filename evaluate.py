@@ -826,7 +826,7 @@ def evaluate(args: Args, process: Process) -> dict[str, Any]:
     common.write_json(path, report)
     stages = {"lam": ("lam", args.lam), "student": ("distill", args.student), "sim": ("finetune", args.policy)}
     if args.results:
-        words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv]  # not where a machine has it
+        words = [re.sub(r"(^|=)/.*/(?=.)", r"\1", w) for w in sys.argv]  # not where a machine has it
         facts = {"commands": [f"python {' '.join(words)}"], "seed": args.seed, "hardware": hardware()}
         facts |= {"evaluated_at_commit": part["commit"]}
         if stages[args.what][1] != "expert":

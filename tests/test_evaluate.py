@@ -281,11 +281,12 @@ def test_results_say_how_to_repeat_them(report, world, tmp_path):
     """The file has the report and what made it; one for all reports at once is refused before any work."""
     words = ("--tiny", "--lam", world / "lam", "--student", world / "distill", "--out", tmp_path / "evaluate")
     file = tmp_path / "results/student.json"
-    forked("evaluate.py", "student", *words, *SHORT, "--results", file)
+    forked("evaluate.py", "student", *words, *SHORT, f"--results={file}")
     there = json.loads(file.read_text())
     assert {"commands", "seed", "hardware", "evaluated_at_commit", "trained_at_commit"} < set(there)
     assert there["training_args"]["lr"] == distill.TINY.lr and there["training_seconds"] >= 0
-    assert str(file.parent) not in there["commands"][0] and f"--results {file.name}" in there["commands"][0]
+    assert "/" not in there["commands"][0] and f"--results={file.name}" in there["commands"][0]
+    assert f"--lam {(world / 'lam').name} " in there["commands"][0]
     assert "evaluate.py student" in there["commands"][0] and there["student"]["probes"]["zhat"]
     _, text = forked("evaluate.py", *words, "--results", file, code=2)
     assert "--results" in text and "one report" in text
