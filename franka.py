@@ -82,6 +82,9 @@ class Args:
     policy: str = ""
     """Folder of a policy trained by finetune.py, or `expert`. Empty: that in runs/paper or runs/small, else
     the one that comes with the project, else the expert (our choice)."""
+    execute: int = 0
+    """Actions of each predicted chunk that are executed before the policy looks again. 0: as it was trained with,
+    which changes nothing of the training (our choice)."""
     trials: int = 10
     """Trials to run (Sec. 4.4: 10 a task)."""
     first_trial: int = 0
@@ -986,10 +989,14 @@ class ExpertPolicy:
 
 
 class ChunkPolicy:
-    """A policy of finetune.py: predicts a chunk of actions, executes `policy.execute` of them, predicts anew."""
+    """A policy of finetune.py: predicts a chunk of actions, executes some of them, predicts anew.
 
-    def __init__(self, policy: Any, name: str):
-        self.policy, self.name, self.phase = policy, name, ""
+    execute: how many; 0 for `policy.execute`. Raises InputError where a chunk has not as many."""
+
+    def __init__(self, policy: Any, name: str, execute: int = 0):
+        if not 0 <= execute <= policy.chunk:
+            raise InputError(f"--execute {execute}: {name} predicts {policy.chunk} actions at once, execute 1 to that")
+        self.policy, self.name, self.execute, self.phase = policy, name, execute or policy.execute, ""
 
     def reset(self, robot: Robot) -> None:
         self.queue: deque[np.ndarray] = deque()
@@ -1005,13 +1012,13 @@ class ChunkPolicy:
             chunk = self.policy.act(images, state, [instruction])[0]  # (H, 44)
             actions = common.gather(chunk, ARM_ACTION, common.ACTION_NAMES)
             actions[:, 6] = actions[:, 6] > 0.5
-            self.queue.extend(actions[: self.policy.execute])
+            self.queue.extend(actions[: self.execute])
         return self.queue.popleft()
 
 
-def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
+def make_policy(path: str, execute: int = 0) -> ExpertPolicy | ChunkPolicy:
     """`expert`, a folder written by finetune.py, or "": the policy in runs/, else the one that comes with the project,
-    else the expert.
+    else the expert. execute: see `ChunkPolicy`; the expert has no chunks.
 
     Raises InputError for a folder without a policy, and for one trained at another rate or for another robot."""
     if path == "expert":
@@ -1035,7 +1042,7 @@ def make_policy(path: str) -> ExpertPolicy | ChunkPolicy:
         raise InputError(f"{path} was trained at {policy.hz} Hz, the robot runs at {HZ}: train with --hz {HZ}")
     # The checkpoint and its time are part of the name: results of a policy trained anew never mix with the old one's.
     made = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(common.load_meta(found)["time"]))
-    return ChunkPolicy(policy, f"{path} {found.name} of {made}")
+    return ChunkPolicy(policy, f"{path} {found.name} of {made}", execute)
 
 
 def picture_size(policy: ExpertPolicy | ChunkPolicy, asked: int, otherwise: int = Args.record_size) -> int:
@@ -1144,10 +1151,11 @@ def evaluate(args: Args) -> None:
     """Runs the trials asked for, writes results.json after each and a video at the end, and prints k/n."""
     folder, seed = Path(args.out) / args.task, args.seed or 0
     SimFranka(args.task).close()  # an unknown task or a missing GL library is said before anything is written
-    policy = make_policy(args.policy)
+    policy = make_policy(args.policy, args.execute)
     size = picture_size(policy, args.image_size, args.record_size)
     settings = {"policy": policy.name, "seed": seed, "limit": args.seconds or TASKS[args.task].limit,
-                "image_size": size, "look": args.look, "variation": args.variation}  # fmt: skip
+                "image_size": size, "look": args.look, "variation": args.variation,
+                "execute": getattr(policy, "execute", 0)}  # fmt: skip
     path, entries = folder / "results.json", []
     if path.exists():
         if not args.resume:
@@ -1338,8 +1346,8 @@ def record(args: Args) -> dict[str, float]:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, trials=1, first_trial=0, seed=0, seconds=0, record=0, disturb=0, workers=1, record_size=16,
-                    image_size=16 * bool(args.image_size))  # fmt: skip
+    common.at_least(args, execute=0, trials=1, first_trial=0, seed=0, seconds=0, record=0, disturb=0, workers=1,
+                    record_size=16, image_size=16 * bool(args.image_size))  # fmt: skip
     if args.task not in TASKS and not (args.task == "all" and args.record):
         raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")
     if not args.record:

@@ -448,7 +448,7 @@ def test_runner_writes_results_and_video_and_resumes(tmp_path, monkeypatch, caps
     entries = json.loads(path.read_text())
     assert [e["trial"] for e in entries] == [0, 1]
     about = {"task", "trial", "instruction", "success", "seconds", "reason"}  # and what all trials there have in common
-    assert set(entries[0]) == about | {"policy", "seed", "limit", "image_size", "look", "variation"}
+    assert set(entries[0]) == about | {"policy", "seed", "limit", "image_size", "look", "variation", "execute"}
     assert entries[0]["policy"] == "expert" and entries[0]["seed"] == 0 and entries[0]["success"] is True
     low, high = common.wilson(2, 2)
     assert f"2/2 successful (95 % interval {low:.0%} to {high:.0%})" in capsys.readouterr().out
@@ -515,6 +515,11 @@ def test_a_chunk_is_executed_in_order():
     seen = franka.Observation(images, np.zeros(8, np.float32))
     actions = np.stack([policy.act(seen, "go") for _ in range(8)])
     np.testing.assert_allclose(actions[:, 0], [0, 0.1, 0.2, 0.3] * 2, atol=1e-6)
+    often = ChunkPolicy(fake, "fake", execute=1)
+    often.reset(None)
+    assert all(often.act(seen, "go")[0] == 0 for _ in range(3))
+    with pytest.raises(InputError, match="--execute 9: fake predicts 8 actions"):
+        ChunkPolicy(fake, "fake", execute=9)
     policy.reset(None)
     with pytest.raises(InputError, match=r"fake wants cameras \['wrist'\]; the robot has \['primary'\]"):
         policy.act(franka.Observation({"primary": images["primary"]}, seen.state), "go")
@@ -523,7 +528,7 @@ def test_a_chunk_is_executed_in_order():
 def test_a_policy_gets_pictures_as_large_as_it_learned_from(tmp_path, monkeypatch, capsys):
     """By itself, in both runners (FakePolicy asserts it); another size is one line that names both."""
     policy = ChunkPolicy(FakePolicy(), "fake")
-    monkeypatch.setattr(franka, "make_policy", lambda path: policy)
+    monkeypatch.setattr(franka, "make_policy", lambda path, execute=0: policy)
     args = Args(trials=1, seconds=0.2, out=str(tmp_path))
     franka.evaluate(args)
     evaluate.report_sim(evaluate.Args(tasks=("pick_cup",), trials=1, seconds=0.2))
