@@ -26,7 +26,7 @@ from franka import (
 )
 
 LOW, HIGH = np.array([0.36, -0.27]), np.array([0.66, 0.27])  # m: where things may stand
-AT_HOME = 0.8  # share of the FR3's scenes that look like its workplace in franka.py
+AT_HOME = 0.9  # share of the FR3's scenes that look like its workplace in franka.py
 COLOURS = {
     "red": (0.85, 0.12, 0.12), "green": (0.15, 0.6, 0.2), "blue": (0.12, 0.28, 0.85), "yellow": (0.95, 0.82, 0.15),
     "orange": (0.95, 0.5, 0.1), "purple": (0.5, 0.2, 0.65), "pink": (0.95, 0.55, 0.7), "white": (0.95, 0.95, 0.95),
@@ -92,7 +92,7 @@ class Scene(World):
     """One episode's world: a body, what a family of behaviour needs, and around it what has nothing to do with it.
 
     Most of the FR3's scenes are at `home`: seen from one of the two places that the five tasks' primary cameras have,
-    give or take 2 cm, with nearly their table and light, and nothing that moves by itself. Which cameras and tables a
+    give or take 5 mm, with nearly their table and light, and nothing that moves by itself. Which cameras and tables a
     robot has is no secret to those who pretrain for it, and a small model finds things 2 to 3 times as precisely where
     it need not work out the camera first. All other scenes vary widely.
 
@@ -183,9 +183,9 @@ class Scene(World):
         rng, root = self.rng, self.root
         table, light = next(g for g in self.spec.geoms if g.name == "table"), self.spec.lights[0]
         if self.home:
-            table.rgba[:3] = table.rgba[:3] + rng.uniform(-0.08, 0.08, 3)
-            light.dir = light.dir + rng.uniform(-0.1, 0.1, 3) * (1, 1, 0)
-            light.diffuse = light.diffuse * rng.uniform(0.9, 1.1)
+            table.rgba[:3] = table.rgba[:3] + rng.uniform(-0.03, 0.03, 3)
+            light.dir = light.dir + rng.uniform(-0.03, 0.03, 3) * (1, 1, 0)
+            light.diffuse = light.diffuse * rng.uniform(0.97, 1.03)
             return
         table.rgba[:3] = (
             table.rgba[:3] + rng.uniform(-0.08, 0.08, 3) if rng.random() < 0.3 else rng.uniform(0.15, 0.9, 3)
@@ -255,7 +255,7 @@ class Scene(World):
                 eye = np.array([rng.uniform(-0.05, 0.15), rng.uniform(-0.12, 0.12), rng.uniform(0.42, 0.6)])
                 aim, fovy = np.array([*near, 0.03]) + rng.uniform(-0.03, 0.03, 3), rng.uniform(40, 52)
             elif attempt < 6 if self.home else attempt == 0 and rng.random() < 0.5:
-                eye, aim = CAMERAS[rng.integers(len(CAMERAS))] + rng.uniform(-0.02, 0.02, (2, 3))
+                eye, aim = CAMERAS[rng.integers(len(CAMERAS))] + rng.uniform(-0.005, 0.005, (2, 3))
                 fovy = 37.0
             else:
                 aim, fovy = np.array([*near, 0.06]) + rng.uniform(-0.05, 0.05, 3), rng.uniform(34, 46)
