@@ -113,7 +113,7 @@ class Preset(NamedTuple):
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "lam": "--steps 2400", "clone": "--steps 6000"}),
+        "record": "--disturb 2.5", "lam": "--steps 2400 --no-augment", "clone": "--steps 6000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
