@@ -179,7 +179,7 @@ def _owners(scene: Scene) -> tuple[list[str], np.ndarray]:
             owner.append(list(names).index(part))
         elif root in names:
             owner.append(list(names).index(root))
-        elif name.endswith(("finger", "palm")):
+        elif name.endswith(("finger", "palm", "hand")):
             owner.append(len(names) + next(k for k, side in enumerate(grips) if name.startswith(side)))
         else:
             owner.append(-1)
