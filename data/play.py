@@ -213,10 +213,11 @@ def make(corpus: str, number: int, seed: int, size: int, disturb: float = 1.0) -
 
 
 def order(episodes: int) -> list[tuple[str, int]]:
-    """Which data set each of the corpus's episodes belongs to, and its number there. A larger corpus begins alike."""
+    """Which data set each of the corpus's episodes belongs to, and its number there: first one of each, so that none
+    is empty. A larger corpus begins alike."""
     made, out = dict.fromkeys(CORPORA, 0), []
     for i in range(episodes):
-        corpus = max(CORPORA, key=lambda name: CORPORA[name].share * (i + 1) - made[name])
+        corpus = max(CORPORA, key=lambda name: (not made[name], CORPORA[name].share * (i + 1) - made[name]))
         out.append((corpus, made[corpus]))
         made[corpus] += 1
     return out
