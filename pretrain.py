@@ -65,9 +65,9 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
-    steps: int = 4000
+    steps: int = 8000
     """Optimizer steps."""
-    sight: float = 0.5
+    sight: float = 0.6
     """Share of them, the first, in which the vision encoder learns alone."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
