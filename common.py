@@ -983,8 +983,9 @@ def save_checkpoint(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON beside and renames: a reader never sees half a file. An innermost list or table takes one line."""
-    partial = path.with_name(path.name + ".partial")
+    """Writes JSON beside and renames: a reader never sees half a file, and several may write the same one. An innermost
+    list or table takes one line."""
+    partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
     flat = lambda m: m[1] + re.sub(r"\n\s*", " ", m[2]) + m[3]  # a line break is never inside a JSON string
     text = re.sub(r"([\[{])\n\s*([^\[\]{}]*?)\n\s*([\]}])", flat, json.dumps(value, indent=1))
     partial.write_text(text + "\n")

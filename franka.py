@@ -83,8 +83,8 @@ class Args:
     """Folder of a policy trained by finetune.py, or `expert`. Empty: that in runs/paper or runs/small, else
     the one that comes with the project, else the expert (our choice)."""
     execute: int = 0
-    """Actions of each predicted chunk that are executed before the policy looks again. 0: as it was trained with,
-    which changes nothing of the training (our choice)."""
+    """Actions of each predicted chunk that are executed before the policy looks again. 0: as many as --execute of
+    finetune.py said, on which training does not depend. The expert has no chunks (our choice)."""
     trials: int = 10
     """Trials to run (Sec. 4.4: 10 a task)."""
     first_trial: int = 0

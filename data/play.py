@@ -1,7 +1,7 @@
 """The pretraining corpus of the simulated world: play with many things, by several bodies (DESIGN's stand-in for OXE,
 AgiBot and EgoDex).
 
-    python -m data.play --small                    # 3,000 episodes in runs/data/play: 12 minutes of a core
+    python -m data.play --small                    # 3,000 episodes in runs/data/play: 14 minutes of a core
     python -m data.play --small --resume           # go on after an interruption; nothing is half-written
     python -m data.play --sheet docs/play.png      # a picture of every family of behaviour
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -653,3 +654,11 @@ def test_a_checkpoint_without_its_tokenizer_is_named(tmp_path):
 def test_numbers_out_of_range_are_refused(value):
     with pytest.raises(InputError, match="--lr .* must be at least 0 and finite"):
         common.at_least(SimpleNamespace(lr=value), lr=0)
+
+
+def test_several_write_the_same_json(tmp_path):
+    """As machines that share a queue do: nobody takes away what another is about to rename."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: common.write_json(tmp_path / "x.json", {"i": i}), range(400)))
+    assert common.read_json(tmp_path / "x.json")["i"] in range(400)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]

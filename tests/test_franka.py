@@ -542,6 +542,19 @@ def test_a_policy_gets_pictures_as_large_as_it_learned_from(tmp_path, monkeypatc
     assert (Args.record_size, franka.TINY.record_size, franka.SMALL.record_size) == (128, 64, 96)
 
 
+def test_execute_reaches_the_trials_and_is_kept_with_them(tmp_path, monkeypatch):
+    fake = FakePolicy()
+    monkeypatch.setattr(franka, "make_policy", lambda path, execute=0: ChunkPolicy(fake, "fake", execute))
+    args = Args(trials=1, seconds=0.4, out=str(tmp_path), execute=2)
+    franka.evaluate(args)
+    assert len(fake.calls) == 2  # 4 ticks
+    entries = json.loads((tmp_path / "pick_cup/results.json").read_text())
+    assert [e["execute"] for e in entries] == [2]
+    for other in (0, 1):
+        with pytest.raises(InputError, match="'execute': 2.*choose another --out"):
+            franka.evaluate(replace(args, execute=other, trials=2, resume=True))
+
+
 def test_policies_of_other_robots_are_refused(tmp_path, monkeypatch):
     """Of another rate, without some of this arm's actions (they would be zeros), or reading what it has not."""
     import finetune

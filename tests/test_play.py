@@ -116,13 +116,13 @@ def test_scenes_vary_and_contain_the_tasks_cameras():
         things.append(scene.family.thing.words)
         movers.append(len(scene.movers))
         homes.append(scene.home)
-    near = [np.linalg.norm(np.array(eyes) - camera, axis=1) < 0.04 for camera, _ in (Task.camera, Oven.camera)]
+    near = [np.linalg.norm(np.array(eyes) - camera, axis=1) < 0.01 for camera, _ in (Task.camera, Oven.camera)]
     for home, least, most in ((True, 0.9, 1.0), (False, 0.1, 0.8)):
         at = np.array(homes) == home
         assert least <= (near[0] | near[1])[at].mean() <= most and all((n & at).any() for n in near)
         spread = np.std(np.array(tables)[at], 0)
-        assert (spread.max() < 0.06 if home else spread.min() > 0.1) and (max(np.array(movers)[at]) > 0) != home
-    assert 0.8 < np.mean(homes) < 0.96 and len(set(things)) > 20
+        assert (spread.max() < 0.03 if home else spread.min() > 0.1) and (max(np.array(movers)[at]) > 0) != home
+    assert 0.85 < np.mean(homes) < 0.95 and len(set(things)) > 20
     assert not any(Scene("gripper", FAMILIES["lift"], np.random.default_rng(k)).home for k in range(5))
 
 
