@@ -226,20 +226,26 @@ class Optimizers(list):
     """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
     AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
 
-    args: lr and betas of AdamW, `muon`, Muon's learning rate, or 0 for none, and the weight_decay of both. Raises
-    InputError where Muon's learning rate could not follow AdamW's."""
+    args: lr and betas of AdamW, `muon`, Muon's learning rate, or 0 for none, and the weight_decay of both. shares: what
+    begins with such a name learns at that share of both rates. Raises InputError where Muon's learning rate could not
+    follow AdamW's."""
 
-    def __init__(self, model: nn.Module, args: Any):
+    def __init__(self, model: nn.Module, args: Any, shares: dict[str, float] | None = None):
         if args.muon and not args.lr:
             raise InputError(f"--muon {args.muon:g} follows the schedule of --lr, which is 0: give --lr, too")
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         layers = [f"{name}.weight" for name, part in model.named_modules()
                   if isinstance(part, nn.Linear) and re.search(r"\.\d+\.", name)]  # fmt: skip
-        matrices = [trained.pop(name) for name in layers if args.muon and name in trained]
-        super().__init__([torch.optim.AdamW(trained.values(), args.lr, args.betas, weight_decay=args.weight_decay)])
-        self.ratio = args.muon / args.lr if args.muon else 0.0
+        matrices = {name: trained.pop(name) for name in layers if args.muon and name in trained}
+        decay, self.ratios = args.weight_decay, (1.0, args.muon / args.lr if args.muon else 0.0)
+        of = lambda name: next((share for start, share in (shares or {}).items() if name.startswith(start)), 1.0)
+        self.shares, groups = [], []
+        for parameters in (trained, matrices):
+            self.shares.append(list(dict.fromkeys(map(of, parameters))))  # one group of parameters for each
+            groups.append([{"params": [p for n, p in parameters.items() if of(n) == x]} for x in self.shares[-1]])
+        super().__init__([torch.optim.AdamW(groups[0], args.lr, args.betas, weight_decay=decay)])
         if matrices:
-            self.append(torch.optim.Muon(matrices, args.muon, args.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.append(torch.optim.Muon(groups[1], args.muon, decay, adjust_lr_fn="match_rms_adamw"))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -247,9 +253,9 @@ class Optimizers(list):
 
     def rate(self, lr: float) -> None:
         """Sets AdamW's learning rate, and Muon's in proportion."""
-        for optimizer, ratio in zip(self, (1.0, self.ratio), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * ratio
+        for optimizer, ratio, shares in zip(self, self.ratios, self.shares, strict=False):
+            for group, share in zip(optimizer.param_groups, shares, strict=True):
+                group["lr"] = lr * ratio * share
 
     def step(self) -> None:
         for optimizer in self:

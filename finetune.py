@@ -90,8 +90,9 @@ class Args:
     """Instead of training: write the newest policy of this run into the folder `out`, to be handed on: weights in
     bfloat16 and no optimizer, a sixth of the bytes (a fourth with --muon). (our choice)"""
     expert: str = "lerobot/pi05_base"
-    """The action expert: pi0.5 (folder or hub name), to start from its own beside whatever student; or 300m, small
-    or tiny from random weights (300m beside pi0.5 itself: its own). (our choice: one start for all rows of Table 4)"""
+    """The action expert: pi0.5 (folder or hub name), to start from its own beside whatever student; a run of this
+    stage, whose expert goes on; or 300m, small or tiny from random weights (300m beside pi0.5 itself: its own). (our
+    choice: one start for all rows of Table 4)"""
     cameras: tuple[str, ...] = ("primary", "wrist")
     """The views that the policy gets, one to three. (Fig. 3: multi-view)"""
     chunk: int = 16
@@ -117,6 +118,8 @@ class Args:
     """Peak learning rate. (our choice)"""
     min_lr: float = 2.5e-6
     """Learning rate at the last step of the cosine. (Sec. 6.3)"""
+    student_lr: float = 1.0
+    """The student's learning rates as a share of the expert's. (our choice)"""
     warmup: int = 1000
     """Warm-up steps. (our choice)"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -315,13 +318,18 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
 
     Raises InputError where --init names no student, no policy, no pi0.5 and no PaliGemma, for a policy of another
     shape, and for an unknown --expert."""
-    size, rest = expert_size(args.expert), {}
     if checkpoint:
         meta = common.load_meta(checkpoint, "student_config", "tokens", "latent_dim")
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
         student = Student(vlm, tokenizer, tuple(meta["tokens"]), meta["latent_dim"])
+        size = expert_size(meta.get("args", {}).get("expert", args.expert))
         return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
+    size, rest = expert_size(args.expert), {}
+    trained = _run(args.expert) if args.expert not in EXPERT_SIZES else None
     if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune":
+        if trained:
+            raise InputError(f"--init {args.init} is a policy that has an expert, and --expert {args.expert} another: "
+                             f"give its student as --init, or --expert {size}")  # fmt: skip
         then = common.load_args(Args, common.load_meta(found, "args"))
         there, here = ({"expert": expert_size(a.expert), "chunk": a.chunk, "cameras": list(a.cameras)}
                        for a in (then, args))  # fmt: skip
@@ -332,7 +340,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         common.load_weights(model, found)
         return model
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
-    if args.expert not in EXPERT_SIZES and args.expert != args.init:
+    if args.expert not in EXPERT_SIZES and args.expert != args.init and not trained:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
     if args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
         vlm, tokenizer = common.load_vlm(args.init)
@@ -346,10 +354,15 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
                          f"distill.py, or a folder or hub name (owner/model) of pi0.5 or PaliGemma")  # fmt: skip
     else:
         student = distill.load_student(args.init)[0]
-    if args.expert not in EXPERT_SIZES and not rest:
+    if args.expert not in EXPERT_SIZES and not rest and not trained:
         _pi05_rest(args.expert)  # says why
     model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
-    if rest:
+    if trained:
+        theirs, ours = common.read_tensors(trained / "model.safetensors"), model.state_dict()
+        parts = {k: v for k, v in theirs.items() if not k.startswith("student.")}
+        parts |= {k: v for k, v in ours.items() if k.startswith("student.")}
+        common.load_tensors(model, parts, f"the expert of {trained}")
+    elif rest:
         found = sources[args.expert if args.expert in sources else args.init]
         if size == "300m":
             common.load_tensors(model.expert, pi05_expert(rest), "pi0.5's expert")
@@ -362,8 +375,13 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
 
 
 def expert_size(expert: str) -> str:
-    """The name in EXPERT_SIZES of what --expert asks for."""
-    return expert if expert in EXPERT_SIZES else "300m"
+    """The name in EXPERT_SIZES of what --expert asks for. Raises InputError for a run of another stage."""
+    if expert in EXPERT_SIZES or not (found := _run(expert)):
+        return expert if expert in EXPERT_SIZES else "300m"
+    if (meta := common.load_meta(found, "args"))["stage"] != "finetune":
+        raise InputError(f"unknown --expert {expert!r}, a run of stage {meta['stage']!r}: give one of finetune.py, or "
+                         f"one of {sorted(EXPERT_SIZES)}")  # fmt: skip
+    return expert_size(common.load_args(Args, meta).expert)
 
 
 def _pi05_rest(source: str) -> dict[str, Tensor]:
@@ -634,9 +652,12 @@ def shard(model: VLA, process: Process) -> None:
 
 def train(args: Args, process: Process) -> None:
     run, kept = common.open_run(args.out, args, process, args.resume)
-    init = common.load_meta(kept).get("init") if kept else origin(args.init)
+    origins = {"init": origin(args.init), "expert": origin(args.expert)}
+    if kept:
+        origins = {k: common.load_meta(kept).get(k) for k in origins}
     model = build(args, kept).to(process.device).train()
-    args = replace(args, latents=model.student.tokens)  # a distilled student brings its own
+    # A distilled student brings its own latents; where an expert came from, `load_policy` need not find it again.
+    args = replace(args, latents=model.student.tokens, expert=expert_size(args.expert))
     size = model.student.image_size
     windows = make_windows(args, size, "train")
     held_out = make_windows(args, size, "val") if args.val_every else windows
@@ -660,15 +681,15 @@ def train(args: Args, process: Process) -> None:
     tokenizer = model.student.tokenizer
     meta = {"stage": "finetune", "args": asdict(args), "student_config": model.student.config.to_dict(),
             "tokens": model.student.tokens, "latent_dim": model.student.head.out_features,
-            "init": init, "pictures": picture_sizes(windows), "statistics": windows.statistics()}  # fmt: skip
+            "pictures": picture_sizes(windows), "statistics": windows.statistics()} | origins  # fmt: skip
     if process.main:
         print(windows.summary())
-        at = f" (step {init['step']}, commit {init['commit']})" if init else ""
+        at = f" (step {init['step']}, commit {init['commit']})" if (init := origins["init"]) else ""
         print(f"parameters: student {count(model.student):.2f} M from {args.init}{at}, "
               f"expert {count(model.expert):.2f} M, trained {count(model, trained=True):.2f} M; "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(model, process)
-    optimizer = common.Optimizers(model, args)
+    optimizer = common.Optimizers(model, args, {"student.": args.student_lr})
     if kept:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
@@ -682,7 +703,8 @@ def train(args: Args, process: Process) -> None:
         began = time.perf_counter()
         batches = next(data)
         waited = time.perf_counter() - began
-        optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
+        rate = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
+        optimizer.rate(rate)
         # As in lam.py: each rank's share of the global count makes the loss a mean over all valid entries.
         counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)).clamp(min=1)
         counts = counts / (process.world * args.accumulate)
@@ -705,7 +727,7 @@ def train(args: Args, process: Process) -> None:
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             values = {k: (process.sum(v) / process.world).item() for k, v in sorted(totals.items())}
-            values |= {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], **tally}
+            values |= {"grad_norm": norm, "lr": rate, **tally}
             log.write(done, values | {"seconds": time.perf_counter() - began, "wait": waited})
         if done % args.save_every == 0 or done == args.steps:
             log.write(done, validate(model, held_out, mean, args, process))
@@ -735,7 +757,7 @@ def export(run: str, out: str) -> None:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0)
+    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0)
     if not 1 <= args.execute <= args.chunk:
         raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
     if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:

@@ -275,14 +275,19 @@ def save(run, step, model, optimizer, process, tokenizer, stage="lam", **options
     common.save_checkpoint(run, step, model, optimizer, {"stage": stage}, tokenizer, process, **options)
 
 
-def make_layers(seed: int = 0):
+def make_layers(seed: int = 0, shares=None):
     """Two layers in a list, whose matrices are Muon's, what is before and behind them, and a layer that is frozen."""
     torch.manual_seed(seed)
     layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in range(3))
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(*layers), torch.nn.Linear(4, 2))
     model[1][2].requires_grad_(False)
     args = SimpleNamespace(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, muon=4e-2)
-    return model, common.Optimizers(model, args)
+    return model, common.Optimizers(model, args, shares)
+
+
+def make_shares(seed: int = 0):
+    """The same, and what is in the middle learns slowly."""
+    return make_layers(seed, {"1.": 0.1})
 
 
 def test_muon_has_the_matrices_of_the_layers():
@@ -306,7 +311,17 @@ def test_muon_has_the_matrices_of_the_layers():
     assert [type(part) for part in common.Optimizers(model, plain)] == [torch.optim.AdamW]
 
 
-@pytest.mark.parametrize("make_model", [make_model, make_layers])
+def test_a_part_learns_at_a_share_of_the_rates():
+    model, optimizer = make_shares()
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer.rate(1e-3)
+    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    fast = dict.fromkeys(["0.weight", "0.bias", "2.weight", "2.bias"], 1e-3)
+    slow = {"1.0.0.bias": 1e-4, "1.1.0.bias": 1e-4, "1.0.0.weight": 4e-4, "1.1.0.weight": 4e-4}
+    assert rates == pytest.approx(fast | slow)
+
+
+@pytest.mark.parametrize("make_model", [make_model, make_layers, make_shares])
 def test_resuming_is_bit_exact(make_model, tmp_path, process, tokenizer):
     model, optimizer = make_model()
     train(model, optimizer, 0, 3)
