@@ -5,8 +5,9 @@
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
-    play --> lam_* ------------> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
-    start_paligemma (a stand-in) ----^    demos ----^
+    play ------------> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
+    start_internvl -----^          ^   demos ----^
+    start_paligemma ---------------+     (the two are stand-ins for pretrained models)
 
 A unit is one command of one stage. Reads nothing. Writes runs/<preset>/reproduce/<unit>/, the stage's own folder,
 beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, results/<preset>/<unit>.json.
@@ -21,8 +22,9 @@ Where the paper is silent (all our choice):
  2. Seeds of placements: 1 for demonstrations, 0 for looking and tuning, which is what `franka.py` does by itself, and
     1000 for the trials here, which nothing else uses. All methods meet the same.
  3. Every method's student starts from the same stand-in for pretrained models and is fine-tuned alike; one control,
-    "scratch", without it says what it is worth. Latent action models start from random weights. Behaviour
-    cloning on play gets about the time of stages 1 and 2 together, and the nine tenths of play in which one arm acts.
+    "scratch", without it says what it is worth. Latent action models start from a vision encoder that has seen still
+    scenes, and from random weights else. Behaviour cloning on play gets about the time of stages 1 and 2 together, and
+    the nine tenths of play in which one arm acts.
 """
 
 import ast
@@ -61,7 +63,7 @@ STAGES = {  # what all units of a stage have in common
     "record": "franka.py --{preset} --record {record} --task all --seed 1",
     "play": "-m data.play --{preset}",
     "pretrain": "pretrain.py --{preset}",
-    "lam": "lam.py --{preset} --data {play}/*",
+    "lam": "lam.py --{preset} --encoder {start_internvl}/hf --data {play}/*",
     "distill": "distill.py --{preset} --student {start_paligemma}/hf --data {play}/*",
     "clone": "finetune.py --{preset} --init {start_paligemma}/hf --data {play}/fr3 {play}/sixaxis {play}/gripper",
     "finetune": "finetune.py --{preset} --data {demos}",
@@ -71,6 +73,7 @@ STAGES = {  # what all units of a stage have in common
 UNITS = {  # unit: its stage, and what it has of its own
     "demos": "record",
     "play": "play",
+    "start_internvl": "pretrain --model internvl-{preset} --sight 1",
     "start_paligemma": "pretrain --model paligemma-{preset}",
     "lam_latbot": "lam",
     "lam_univla-style": "lam --no-uad --no-dla",
@@ -113,7 +116,7 @@ class Preset(NamedTuple):
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "lam": "--steps 2400 --no-augment", "clone": "--steps 6000"}),
+        "record": "--disturb 2.5", "lam": "--steps 4000 --frames 5 --hz 2.5 --no-augment", "clone": "--steps 6000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
@@ -121,7 +124,7 @@ PRESETS = {
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.5, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.1, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
            "evaluate": 900}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent

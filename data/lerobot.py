@@ -154,7 +154,7 @@ class LeRobotWriter:
     no action_names the change of the state is the action; with neither it is video alone, without actions.
     moving_camera: episodes carry the primary camera's pose, and readers tell actions and states in its frame.
 
-    meta/stats.json gets the statistics of states, and of actions as they are and composed to 10 and 5 Hz (RATES); of
+    meta/stats.json gets the statistics of states, and of actions as they are and composed to lower rates (RATES); of
     actions made from states only `python -m data.stats` knows them."""
 
     def __init__(

@@ -5,7 +5,7 @@
     python -m data.stats runs/data/bridge --stride 4         also actions over four steps
 
 Reads the tables of all episodes, one after the other, no video. Writes `observation.state`, `action`, and
-`action.stride<N>` for windows at 10 and at 5 Hz, each with min, max, mean, std, q01, q99 and count over the columns
+`action.stride<N>` for windows at 10, 5 and 2.5 Hz, each with min, max, mean, std, q01, q99 and count over the columns
 that the data set has. The file is written beside and renamed; other statistics in it stay. An episode that cannot be
 read, because of NaN say, is left out by name: training passes over it, too.
 
