@@ -655,7 +655,7 @@ def test_statistics_of_a_mapped_set_go_into_the_mapping(foreign, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stats", source, "--stride", "2"])
     stats.main()
     numbers = json.loads(path.read_text())["stats"]
-    assert set(numbers) == {"action", "observation.state", "action.stride2"}
+    assert set(numbers) == {"action", "observation.state", "action.stride2", "action.stride4"}
     assert numbers["action"]["count"] == [sum(len(e["state"]) - 1 for e in made)]
     sample = Windows([source], VIEWS, 20, 10, 0).window(0, 0)
     assert sample["action_mask"].any(1).sum() == 11  # twelve poses, eleven changes
@@ -767,7 +767,7 @@ def test_stats_command_on_a_native_set(copy, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["stats", str(copy), "--stride", "2"])
     stats.main()
     numbers = json.loads((copy / "meta/stats.json").read_text())
-    assert set(numbers) == {"action", "observation.state", "action.stride2"} and "q01" in capsys.readouterr().out
+    assert set(numbers) == {"action", "observation.state", "action.stride2", "action.stride4"} and "q01" in capsys.readouterr().out
     original = json.loads((LeRobotReader(copy).root / "meta/stats.json").read_text())
     np.testing.assert_allclose(original["action"]["q99"], quantile_stats(np.concatenate(
         [LeRobotReader(copy).episode(i)["action"][:, 7:14] for i in range(10)]))["q99"])  # fmt: skip
