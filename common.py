@@ -226,9 +226,9 @@ class Optimizers(list):
     """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
     AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
 
-    args: lr and betas of AdamW, `muon`, Muon's learning rate, or 0 for none, and the weight_decay of both. shares: what
-    begins with such a name learns at that share of both rates. Raises InputError where Muon's learning rate could not
-    follow AdamW's."""
+    args: lr and betas of AdamW, `muon`, Muon's learning rate, or 0 for none, and the weight_decay of both. shares:
+    parameters whose names begin with a key learn at its share of both rates, all others at 1. Raises InputError where
+    Muon's learning rate could not follow AdamW's."""
 
     def __init__(self, model: nn.Module, args: Any, shares: dict[str, float] | None = None):
         if args.muon and not args.lr:
@@ -240,9 +240,10 @@ class Optimizers(list):
         decay, self.ratios = args.weight_decay, (1.0, args.muon / args.lr if args.muon else 0.0)
         of = lambda name: next((share for start, share in (shares or {}).items() if name.startswith(start)), 1.0)
         self.shares, groups = [], []
-        for parameters in (trained, matrices):
-            self.shares.append(list(dict.fromkeys(map(of, parameters))))  # one group of parameters for each
-            groups.append([{"params": [p for n, p in parameters.items() if of(n) == x]} for x in self.shares[-1]])
+        for parameters, lr in ((trained, args.lr), (matrices, args.muon)):
+            self.shares.append(sorted({of(name) for name in parameters}, key=lambda share: share != 1))  # 1 first
+            groups.append([{"params": [p for n, p in parameters.items() if of(n) == share], "lr": lr * share}
+                           for share in self.shares[-1]])  # fmt: skip
         super().__init__([torch.optim.AdamW(groups[0], args.lr, args.betas, weight_decay=decay)])
         if matrices:
             self.append(torch.optim.Muon(groups[1], args.muon, decay, adjust_lr_fn="match_rms_adamw"))

@@ -91,8 +91,8 @@ class Args:
     bfloat16 and no optimizer, a sixth of the bytes (a fourth with --muon). (our choice)"""
     expert: str = "lerobot/pi05_base"
     """The action expert: pi0.5 (folder or hub name), to start from its own beside whatever student; a run of this
-    stage, whose expert goes on; or 300m, small or tiny from random weights (300m beside pi0.5 itself: its own). (our
-    choice: one start for all rows of Table 4)"""
+    stage, whose expert goes on with the new data's normalisation; or 300m, small or tiny from random weights (300m
+    beside pi0.5 itself: its own). (our choice: one start for all rows of Table 4)"""
     cameras: tuple[str, ...] = ("primary", "wrist")
     """The views that the policy gets, one to three. (Fig. 3: multi-view)"""
     chunk: int = 16
@@ -119,7 +119,7 @@ class Args:
     min_lr: float = 2.5e-6
     """Learning rate at the last step of the cosine. (Sec. 6.3)"""
     student_lr: float = 1.0
-    """The student's learning rates as a share of the expert's. (our choice)"""
+    """The student's learning rates as a share of the expert's; at 0 it stays as it is. (our choice)"""
     warmup: int = 1000
     """Warm-up steps. (our choice)"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -317,7 +317,7 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     reads, and the flow-matching heads action_in_proj and action_out_proj (its time_mlp_* are spent, see `pi05_expert`).
 
     Raises InputError where --init names no student, no policy, no pi0.5 and no PaliGemma, for a policy of another
-    shape, and for an unknown --expert."""
+    shape, for an unknown --expert, for one that does not fit, and where both are policies."""
     if checkpoint:
         meta = common.load_meta(checkpoint, "student_config", "tokens", "latent_dim")
         vlm, tokenizer = common.load_vlm("", meta["student_config"], checkpoint)
@@ -327,10 +327,11 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     size, rest = expert_size(args.expert), {}
     trained = _run(args.expert) if args.expert not in EXPERT_SIZES else None
     if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune":
-        if trained:
-            raise InputError(f"--init {args.init} is a policy that has an expert, and --expert {args.expert} another: "
-                             f"give its student as --init, or --expert {size}")  # fmt: skip
         then = common.load_args(Args, common.load_meta(found, "args"))
+        if trained:
+            raise InputError(f"--init {args.init} is a policy with an expert of its own, and so is --expert "
+                             f"{args.expert}: give --expert {expert_size(then.expert)}, or the student of the one, "
+                             f"{then.init}, as --init")  # fmt: skip
         there, here = ({"expert": expert_size(a.expert), "chunk": a.chunk, "cameras": list(a.cameras)}
                        for a in (then, args))  # fmt: skip
         if there != here:
@@ -358,6 +359,8 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         _pi05_rest(args.expert)  # says why
     model = VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     if trained:
+        if args.chunk != (chunk := common.load_meta(trained)["args"]["chunk"]):
+            raise InputError(f"--expert {args.expert} writes {chunk} actions at once: give --chunk {chunk}")
         theirs, ours = common.read_tensors(trained / "model.safetensors"), model.state_dict()
         parts = {k: v for k, v in theirs.items() if not k.startswith("student.")}
         parts |= {k: v for k, v in ours.items() if k.startswith("student.")}
@@ -394,19 +397,19 @@ def _pi05_rest(source: str) -> dict[str, Tensor]:
         raise
     except common.LOADING_ERRORS as error:
         why = str(error).splitlines()[0]
-    raise InputError(f"unknown --expert {source!r}: choose one of {sorted(EXPERT_SIZES)}, or a folder or hub name of "
-                     f"pi0.5 ({why})")  # fmt: skip
+    raise InputError(f"unknown --expert {source!r}: choose one of {sorted(EXPERT_SIZES)}, a run of finetune.py, or a "
+                     f"folder or hub name of pi0.5 ({why})")  # fmt: skip
 
 
 def _run(init: str) -> Path | None:
-    """The checkpoint that --init names, if it is one of ours."""
+    """The checkpoint that --init or --expert names, if it is one of ours."""
     path = Path(init)
     return path if (path / "meta.json").exists() else next(reversed(common.checkpoints(path)), None)
 
 
 def origin(init: str) -> dict[str, Any] | None:
-    """Which checkpoint of ours --init names, for the metadata of what is made of it: its stage, step, time and commit.
-    None for published and for random weights."""
+    """Which checkpoint of ours --init or --expert names, for the metadata of what is made of it: its stage, step, time
+    and commit. None for published and for random weights."""
     if not (found := _run(init)):
         return None
     meta = common.load_meta(found, "time", "commit")
@@ -652,12 +655,15 @@ def shard(model: VLA, process: Process) -> None:
 
 def train(args: Args, process: Process) -> None:
     run, kept = common.open_run(args.out, args, process, args.resume)
-    origins = {"init": origin(args.init), "expert": origin(args.expert)}
-    if kept:
-        origins = {k: common.load_meta(kept).get(k) for k in origins}
+    if kept:  # of what it began with, nothing is needed any more
+        then = common.load_meta(kept, "args")
+        origins, args = {k: then.get(k) for k in ("init", "expert")}, replace(args, expert=then["args"]["expert"])
+    else:
+        origins = {"init": origin(args.init), "expert": origin(args.expert)}
     model = build(args, kept).to(process.device).train()
-    # A distilled student brings its own latents; where an expert came from, `load_policy` need not find it again.
-    args = replace(args, latents=model.student.tokens, expert=expert_size(args.expert))
+    # A distilled student brings its own latents; an expert of ours is told by its size, so that nobody has to find it.
+    named, size = args.expert, expert_size(args.expert) if origins["expert"] else args.expert
+    args = replace(args, latents=model.student.tokens, expert=size)
     size = model.student.image_size
     windows = make_windows(args, size, "train")
     held_out = make_windows(args, size, "val") if args.val_every else windows
@@ -684,10 +690,10 @@ def train(args: Args, process: Process) -> None:
             "pictures": picture_sizes(windows), "statistics": windows.statistics()} | origins  # fmt: skip
     if process.main:
         print(windows.summary())
-        at = f" (step {init['step']}, commit {init['commit']})" if (init := origins["init"]) else ""
-        print(f"parameters: student {count(model.student):.2f} M from {args.init}{at}, "
-              f"expert {count(model.expert):.2f} M, trained {count(model, trained=True):.2f} M; "
-              f"commit {common.git_commit()}")  # fmt: skip
+        at = {k: f" (step {o['step']}, commit {o['commit']})" if o else "" for k, o in origins.items()}
+        print(f"parameters: student {count(model.student):.2f} M from {args.init}{at['init']}, "
+              f"expert {count(model.expert):.2f} M from {named}{at['expert']}, "
+              f"trained {count(model, trained=True):.2f} M; commit {common.git_commit()}")  # fmt: skip
     shard(model, process)
     optimizer = common.Optimizers(model, args, {"student.": args.student_lr})
     if kept:

@@ -8,7 +8,7 @@ from rendered still scenes (`data.stills`), in PaliGemma's own words:
     image, "describe"                    -->   "gripper <loc....> x 4 ; red cube <loc....> x 4", from left to right
 
     python pretrain.py --small --model paligemma-small      the student of stage 2
-    python pretrain.py --small --model internvl-small       the encoder of stage 1
+    python pretrain.py --small --model internvl-small --sight 1      the encoder of stage 1: its vision alone
 
 Then `lam.py --encoder runs/small/pretrain/internvl-small/hf` and `distill.py --student .../paligemma-small/hf` start
 from there as from a downloaded model. It is no part of LatBot, and every method that we compare gets it alike.

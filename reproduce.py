@@ -23,8 +23,9 @@ Where the paper is silent (all our choice):
     1000 for the trials here, which nothing else uses. All methods meet the same.
  3. Every method's student starts from the same stand-in for pretrained models and is fine-tuned alike; one control,
     "scratch", without it says what it is worth. Latent action models start from a vision encoder that has seen still
-    scenes, and from random weights else. Behaviour cloning on play gets about the time of stages 1 and 2 together, and
-    the nine tenths of play in which one arm acts.
+    scenes, the same for all, and the rest of them from random weights: what LatBot's students learn from has so seen
+    names and boxes that those of "none" have not. Behaviour cloning on play gets about the time that this, stage 1 and
+    stage 2 take together, and the nine tenths of play in which one arm acts.
 """
 
 import ast
@@ -116,7 +117,7 @@ class Preset(NamedTuple):
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "lam": "--steps 4000 --frames 5 --hz 2.5 --no-augment", "clone": "--steps 6000"}),
+        "record": "--disturb 2.5", "lam": "--steps 4000 --frames 5 --hz 2.5 --no-augment", "clone": "--steps 9000"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
@@ -124,7 +125,7 @@ PRESETS = {
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.1, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.3, "distill": 1.5, "clone": 1.1, "finetune": 1.1,
            "evaluate": 900}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent

@@ -314,11 +314,13 @@ def test_muon_has_the_matrices_of_the_layers():
 def test_a_part_learns_at_a_share_of_the_rates():
     model, optimizer = make_shares()
     names = {p: name for name, p in model.named_parameters()}
-    optimizer.rate(1e-3)
-    rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    fast = dict.fromkeys(["0.weight", "0.bias", "2.weight", "2.bias"], 1e-3)
-    slow = {"1.0.0.bias": 1e-4, "1.1.0.bias": 1e-4, "1.0.0.weight": 4e-4, "1.1.0.weight": 4e-4}
-    assert rates == pytest.approx(fast | slow)
+    fast = dict.fromkeys(["0.weight", "0.bias", "2.weight", "2.bias"], 1.0)
+    slow = {"1.0.0.bias": 0.1, "1.1.0.bias": 0.1, "1.0.0.weight": 0.4, "1.1.0.weight": 0.4}
+    for lr in (1e-2, 1e-3):  # from birth, and as the schedule says
+        rates = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        assert rates == pytest.approx({name: lr * share for name, share in (fast | slow).items()})
+        assert optimizer.param_groups[0]["lr"] == lr  # what a message tells
+        optimizer.rate(1e-3)
 
 
 @pytest.mark.parametrize("make_model", [make_model, make_layers, make_shares])

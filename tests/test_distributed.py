@@ -155,6 +155,20 @@ def test_muon_on_two_ranks(rough, tmp_path):
         same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "adam"), rtol=1e-3)
 
 
+def test_a_student_of_its_own_rate_on_two_ranks(world, tmp_path):
+    """As above, with several groups of parameters in each optimizer."""
+    more = ["--steps", 4, "--save-every", 2, "--lr", 1e-3, "--muon", 1e-3, "--student-lr", 0.1]
+    forked(*stage_command("finetune", world, tmp_path / "one", *more))
+    forked_ranks(*stage_command("finetune", world, tmp_path / "two", *more, *TWO))
+    same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"), rtol=1e-3)
+    rewind(tmp_path / "two", tmp_path / "on", 2)
+    forked(*stage_command("finetune", world, tmp_path / "on", *more, "--resume"))
+    same_losses(metrics(tmp_path / "two"), metrics(tmp_path / "on"), rtol=1e-3)
+    forked(*stage_command("finetune", world, tmp_path / "alike", *more[:-2]))
+    with pytest.raises(AssertionError):
+        same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "alike"), rtol=1e-3)
+
+
 def in_bfloat16():
     here = common.here
     common.here = lambda: replace(here(), dtype=torch.bfloat16)

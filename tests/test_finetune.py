@@ -782,25 +782,29 @@ def test_the_expert_of_a_policy(data, overfitted, tmp_path):
     """It goes on beside another student, as pi0.5's does, and nobody needs the policy that it came from any more."""
     shutil.copytree(overfitted, tmp_path / "policy")
     like = dict(init="paligemma-micro", expert=str(tmp_path / "policy"), cameras=("wrist", "primary"), seed=7)
-    still = dict(lr=0.0, min_lr=0.0, weight_decay=0.0, steps=1, save_every=1)
+    still = dict(lr=0.0, min_lr=0.0, weight_decay=0.0, steps=2, save_every=1)
     finetune.train(run_args(data, tmp_path / "run", **like, **still), h.process())
     began = finetune.origin(str(tmp_path / "policy"))
+    with pytest.raises(InputError, match="--expert .*policy writes 4 actions at once: give --chunk 4"):
+        finetune.build(run_args("", "", **like | {"chunk": 3}))
     shutil.rmtree(tmp_path / "policy")
+    shutil.rmtree(common.checkpoints(tmp_path / "run")[-1])
+    finetune.train(run_args(data, tmp_path / "run", **like, **still, resume=True), h.process())
     old, new = (dict(finetune.load_policy(run).model.named_parameters()) for run in (overfitted, tmp_path / "run"))
     same = {name for name, p in old.items() if torch.equal(p, new[name])}
     assert {name for name in old if not name.startswith("student.")} <= same
     assert not any(name.startswith("student.") and name.endswith("proj.weight") for name in same)
     meta = common.load_meta(common.find_checkpoint(tmp_path / "run", "finetune"))
     assert meta["expert"] == began and meta["init"] is None and meta["args"]["expert"] == "tiny"
-    with pytest.raises(InputError, match="is a policy that has an expert, and --expert .* another: .*--expert tiny"):
+    with pytest.raises(InputError, match="is a policy with an expert of its own, .* give --expert tiny, or .*micro"):
         finetune.build(run_args("", "", **like | {"init": str(overfitted), "expert": str(overfitted)}))
     run = h.save_student(tmp_path / "student", h.make_student())
     with pytest.raises(InputError, match="unknown --expert '.*', a run of stage 'distill': give one of finetune.py"):
         finetune.build(run_args("", "", **like | {"expert": str(run)}))
 
 
-def test_a_student_that_learns_slowly(data, tmp_path):
-    """At a share of 0 it stays as it is, while the expert learns."""
+def test_a_student_that_stands_still(data, tmp_path):
+    """At a share of 0 of the learning rates, while the expert learns."""
     args = run_args(data, tmp_path / "run", steps=1, save_every=1, student_lr=0.0, muon=1e-2)
     torch.manual_seed(0)
     old = finetune.build(args).named_parameters()

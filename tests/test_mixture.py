@@ -251,9 +251,13 @@ def test_a_rate_without_actions_still_gives_windows_at_any_stride(video_only):
 # -- statistics that come with the data --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("fps", "strides"), [(10, {1, 2, 4}), (30, {1, 3, 6, 12}), (5, {1, 2}), (15, {1, 2, 3, 6})])
+RATES_OF = [(10, {1, 2, 4}), (30, {1, 3, 6, 12}), (5, {1, 2}), (15, {1, 2, 3, 6})]
+
+
+@pytest.mark.parametrize(("fps", "strides"), RATES_OF)
 def test_written_data_have_the_statistics_of_all_rates(tmp_path, fps, strides):
-    """10 Hz for the full run, 5 for --small, 2.5 for reproduce.py: without a command in between, and the same that the command gives."""
+    """10 Hz for the full run, 5 for --small, 2.5 for reproduce.py: without a command in between, and the same that the
+    command gives."""
     made = [make_episode(k, n=14 + k) for k in range(3)]
     root = write_set(tmp_path / "set", made, fps=fps, per_file=2)
     reader = LeRobotReader(root)
