@@ -195,7 +195,7 @@ TINY = Args(
 SMALL = Args(
     data=("runs/data/five_tasks",), out="runs/small/lam", encoder="internvl-small", decoder="sana-small",
     freeze_vision=False, frames=8, hz=5, image_size=96, scene_tokens=16, motion_tokens=16, latent_dim=256,
-    motion_width=192, motion_heads=6, augment=True, lambda_a=0.3, batch=16, accumulate=1, steps=4000, lr=1e-3,
+    motion_width=192, motion_heads=6, augment=True, lambda_a=0.3, batch=16, accumulate=1, steps=5200, lr=1e-3,
     min_lr=1e-5, warmup=100, muon=4e-3, cpu_bf16=True, checkpointing=False, val_every=10, val_samples=256,
     save_every=200, log_every=20, workers=0, preload=True,
 )  # fmt: skip
