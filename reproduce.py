@@ -23,9 +23,9 @@ Where the paper is silent (all our choice):
     1000 for the trials here, which nothing else uses. All methods meet the same.
  3. Every method's student starts from the same stand-in for pretrained models and is fine-tuned alike; one control,
     "scratch", without it says what it is worth. Latent action models start from a vision encoder that has seen still
-    scenes, the same for all, and the rest of them from random weights: what LatBot's students learn from has so seen
-    names and boxes that those of "none" have not. Behaviour cloning on play gets about the time that this, stage 1 and
-    stage 2 take together, and the nine tenths of play in which one arm acts.
+    scenes, the same for all, and the rest of them from random weights: so LatBot has a second model, its teacher, that
+    has learned names and boxes. Behaviour cloning on play gets about the time that this, stage 1 and stage 2 take
+    together, and the nine tenths of play in which one arm acts.
 """
 
 import ast

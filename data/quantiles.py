@@ -18,8 +18,8 @@ def stride_for(fps: float, hz: float) -> int:
     return max(1, round(fps / hz))
 
 
-RATES = (10.0, 5.0, 2.5)  # Hz of the full run's, of --small's and of reproduce.py's windows: a written data set has
-# statistics for all
+# Hz of the full run's, of --small's and of reproduce.py's windows: a written data set has statistics for all of them.
+RATES = (10.0, 5.0, 2.5)
 
 
 class Statistics:
