@@ -16,7 +16,7 @@ layer by layer, reads the student's keys and values, and writes the next H actio
     python finetune.py --tiny                                                       a CPU, about a minute
     python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
     torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
-    python finetune.py --small --init paligemma-small --data runs/data/play/fr3 runs/data/play/gripper --out runs/clone
+    python finetune.py --small --init paligemma-small --student-lr 1 --data runs/data/play/fr3 --out runs/clone
     python finetune.py --small --init runs/clone --out runs/cloned               a control: the play cloned before
 
 Reads a LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
@@ -31,7 +31,8 @@ Where we depart from the paper, or fill in what it does not say:
     before the policy looks again; at --small one, where demonstrations take a few seconds and their corrections count.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
-    trains the matrices of the layers (lam.py 8).
+    trains the matrices of the layers (lam.py 8), and the student learns at a tenth of the expert's rates: at the same
+    rate ten demonstrations make it forget what it foresaw (results/LOG.md). From random weights, give --student-lr 1.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
@@ -163,8 +164,8 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/pick_cup",), init="runs/small/distill", out="runs/small/finetune", expert="small",
-    latents=(16, 16), execute=1, batch=16, steps=1500, lr=1e-3, min_lr=1e-5, warmup=100, muon=4e-3, cpu_bf16=True,
-    save_every=500, log_every=20, workers=0, preload=True,
+    latents=(16, 16), execute=1, batch=16, steps=1500, lr=1e-3, student_lr=0.1, min_lr=1e-5, warmup=100, muon=4e-3,
+    cpu_bf16=True, save_every=500, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 
 
