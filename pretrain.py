@@ -26,9 +26,7 @@ All of it is our choice:
  4. Each patch of the vision encoder is asked, too, which thing it shows and where that thing's edges are, through one
     linear map that is thrown away: answers alone teach a vision encoder slowly. At first it is asked alone, which takes
     a third of the time a step.
- 5. Each image token of PaliGemma is asked in the same way, behind the language model, which of the things asked for it
-    shows: a few places an answer bind names to what is seen slowly. (PaliGemma was taught to segment named things.)
- 6. Both parts, sight alone and all together, have a schedule of their own, with warm-up and cosine: the language model
+ 5. Both parts, sight alone and all together, have a schedule of their own, with warm-up and cosine: the language model
     begins with the second.
 """
 
@@ -54,7 +52,6 @@ from data.stills import NOUNS, Still, stills
 BLUR = 1.0  # standard deviation of a place's target, in places
 CLASSES = np.array([len(COLOURS) + 1, len(NOUNS) + 1])  # and none
 SHOWN = 0.08  # share of a patch that a thing must cover
-REST = 0.1  # weight of a patch that shows nothing that was asked for, beside 1 of one that does
 ASKED = 5  # things at most that a question names
 PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
 UNSEEN = 1_000_003  # added to the seed of the scenes that are measured
@@ -109,20 +106,20 @@ SMALL = Args()
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str, list[int] | None]:
-    """A question about a still, the answer, and the numbers of the things that it asks for by name; None: of none."""
+def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
+    """A question about a still, and the answer."""
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
-        return ("detect gripper", "nothing", []) if detect else ("describe", "nothing", None)
+        return ("detect gripper" if detect else "describe"), "nothing"
     if detect:
         nouns = [name.split()[-1] for name, _ in still.things]
         brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
-        numbers = rng.permutation(len(nouns))[: rng.integers(1, ASKED + 1)].tolist()
-        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in numbers]
+        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in rng.permutation(len(nouns))]
+        asked = asked[: rng.integers(1, ASKED + 1)]
         names = " ; ".join(name for name, _ in asked)
-        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked), numbers
+        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked)
     ordered = sorted(still.things, key=lambda thing: thing[1][1])
-    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered), None
+    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
 
 
 def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -151,40 +148,22 @@ def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[st
     return made
 
 
-def thing_of_patches(still: Still, grid: int) -> np.ndarray:
-    """The number of the thing that each of grid x grid squares shows most of, (grid, grid), -1 for none."""
-    size = len(still.image) // grid
-    if not still.things:
-        return np.full((grid, grid), -1)
-    shown = still.owner == np.arange(len(still.things))[:, None, None]
-    shares = reduce(shown.astype(np.float32), "thing (i h) (j w) -> i j thing", "mean", h=size, w=size)
-    return np.where(shares.max(-1) >= SHOWN, shares.argmax(-1), -1)
-
-
 def label_patches(still: Still, grid: int) -> np.ndarray:
     """What each of grid x grid squares shows most of: float32 (grid ** 2, 6), the numbers of its colour and noun (of a
     further class where there is none), and its box relative to the square's centre, in squares."""
-    things, found = thing_of_patches(still, grid), np.zeros((grid, grid, 6), np.float32)
+    size, found = len(still.image) // grid, np.zeros((grid, grid, 6), np.float32)
     found[..., :2] = CLASSES - 1
-    for i, j in np.argwhere(things >= 0):
-        name, box = still.things[things[i, j]]
-        *colour, noun = name.split()
-        if colour and colour[0] in COLOURS:  # hands are left or right
-            found[i, j, 0] = list(COLOURS).index(colour[0])
-        found[i, j, 1] = NOUNS.index(noun)
-        found[i, j, 2:] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
+    if still.things:
+        shown = still.owner == np.arange(len(still.things))[:, None, None]
+        shares = reduce(shown.astype(np.float32), "thing (i h) (j w) -> i j thing", "mean", h=size, w=size)
+        for i, j in np.argwhere(shares.max(-1) >= SHOWN):
+            name, box = still.things[shares[i, j].argmax()]
+            *colour, noun = name.split()
+            if colour and colour[0] in COLOURS:  # hands are left or right
+                found[i, j, 0] = list(COLOURS).index(colour[0])
+            found[i, j, 1] = NOUNS.index(noun)
+            found[i, j, 2:] = np.array(box) * grid - np.array([i, j, i, j]) - 0.5
     return found.reshape(-1, 6)
-
-
-def label_asked(still: Still, grid: int, numbers: list[int] | None) -> np.ndarray:
-    """Which of the things asked for each of grid x grid squares shows, int64 (grid ** 2,): its place in the question,
-    from 0; ASKED where none of them; -100, to be left out, where the question names nothing."""
-    if numbers is None:
-        return np.full(grid**2, -100)
-    things = thing_of_patches(still, grid).reshape(-1)
-    of = np.full(len(still.things) + 1, ASKED)  # the last is of -1
-    of[numbers] = np.arange(len(numbers))
-    return of[things]
 
 
 def patch_loss(found: Tensor, labels: Tensor) -> Tensor:
@@ -211,19 +190,16 @@ def draw(seed: int, step: int, scenes: int, size: int, tokenizer: Any, config: A
     shown = [still for k in range(scenes) for still in stills(seed, step * scenes + k, size)]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
-    grid = size // patch_size(config)
-    labels = torch.from_numpy(np.stack([label_patches(still, grid) for still in shown]))
-    named = torch.from_numpy(np.stack([label_asked(still, grid, a[2]) for still, a in zip(shown, asked, strict=True)]))
-    return images, encode(tokenizer, config, [a[:2] for a in asked]) | {"patches": labels, "asked": named}
+    labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
+    return images, encode(tokenizer, config, asked) | {"patches": labels}
 
 
 def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], first: int):
-    """Cross-entropies of words and of places, in nats a token, the P places as expected and as they are, (P,), and the
-    hidden states (B, L, width). first: the id of <loc0000>."""
-    inputs = {k: v for k, v in batch.items() if k not in ("labels", "patches", "asked")}
+    """Cross-entropies of words and of places, in nats a token, and the P places: as expected and as they are, (P,).
+    first: the id of <loc0000>."""
+    inputs = {k: v for k, v in batch.items() if k not in ("labels", "patches")}
     pixels = common.normalize_pixels(images, model.config.model_type, torch.float32)
-    last = model.model(pixel_values=pixels, **inputs, use_cache=False).last_hidden_state
-    hidden = last[:, :-1]
+    hidden = model.model(pixel_values=pixels, **inputs, use_cache=False).last_hidden_state[:, :-1]
     labels = batch["labels"][:, 1:]
     logits, target = model.lm_head(hidden[labels != -100]).float(), labels[labels != -100]
     is_place = (target >= first) & (target < first + common.PLACES)
@@ -233,20 +209,16 @@ def answer_loss(model: nn.Module, images: Tensor, batch: dict[str, Tensor], firs
     log_p = logits[is_place].log_softmax(-1)[:, first : first + common.PLACES]
     places = -(blurred * log_p).sum(-1).sum() / max(1, len(true))
     expected = (log_p.exp() * grid).sum(-1) / log_p.exp().sum(-1)
-    return words, places, expected.detach(), true, last
+    return words, places, expected.detach(), true
 
 
 class Pretraining(nn.Module):
-    """The vision-language model, and two linear maps that are thrown away: from each patch of its vision encoder to
-    what the patch shows, and, for PaliGemma, whose image sees the question, from each image token behind the language
-    model to which of the things asked for it shows."""
+    """The vision-language model, and a linear map from each patch of its vision encoder to what the patch shows."""
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
         self.vlm, self.config = vlm, vlm.config
         self.patches = nn.Linear(vlm.config.vision_config.hidden_size, int(CLASSES.sum()) + 4)
-        sees = vlm.config.model_type == "paligemma"
-        self.asked = nn.Linear(vlm.config.text_config.hidden_size, ASKED + 1) if sees else None
 
     def speak(self, may: bool) -> None:
         """Whether all learns, or the vision encoder alone."""
@@ -261,24 +233,14 @@ class Pretraining(nn.Module):
         return patch_loss(self.patches(seen[:, -labels.shape[1] :]), labels)
 
     def forward(self, images: Tensor, batch: dict[str, Tensor], first: int):
-        """What `draw` made -> the losses by name, and the places as expected and as they are, (P,)."""
         tower, seen = self.vlm.model.vision_tower, []
         hook = tower.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
         try:
-            words, places, expected, true, hidden = answer_loss(self.vlm, images, batch, first)
+            answered = answer_loss(self.vlm, images, batch, first)
         finally:
             hook.remove()
         labels = batch["patches"]
-        losses = {"words": words, "places": places}
-        losses["patches"] = patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
-        if self.asked:
-            n = labels.shape[1]  # the image comes first
-            logits, target = self.asked(hidden[:, :n]).float().flatten(0, 1), batch["asked"].flatten()
-            few = torch.ones(ASKED + 1, device=logits.device)
-            few[ASKED] = REST
-            total = F.cross_entropy(logits, target, few, reduction="sum")
-            losses["asked"] = total / few[target[target >= 0]].sum().clamp(min=1)
-        return losses, expected, true
+        return *answered, patch_loss(self.patches(seen[0][:, -labels.shape[1] :]), labels)
 
 
 @torch.no_grad()
@@ -288,21 +250,21 @@ def validate(model: nn.Module, args: Args, process: Process, size: int, tokenize
     side. The lower right corner is left out: asked for with the true upper left one given, it is easy. What is found
     without any such help is what `benchmarks/localise.py` measures."""
     model.eval()
-    found: dict[str, list[Tensor]] = {"distance": [], "described": []}
+    found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance", "described")}
     for k in range(0, args.val_scenes, args.scenes):
         for detect in (True, False):
             images, batch = draw(args.seed + UNSEEN, k, args.scenes, size, tokenizer, model.config, detect)
             images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                losses, expected, true = model(images, batch, first)
+                words, places, expected, true, dense = model(images, batch, first)
             off = (expected - true).float().view(-1, 4)[:, :2].norm(dim=-1) * size / common.PLACES
             found["distance" if detect else "described"].append(off)
             if detect:
-                for name, value in losses.items():
-                    found.setdefault(name, []).append(value)
+                for name, value in (("words", words), ("places", places), ("patches", dense)):
+                    found[name].append(value)
     model.train()
-    distance, described = torch.cat(found.pop("distance")), torch.cat(found.pop("described"))
-    means = {f"val_{k}": torch.stack(values).mean().item() for k, values in found.items()}
+    distance, described = torch.cat(found["distance"]), torch.cat(found["described"])
+    means = {f"val_{k}": torch.stack(found[k]).mean().item() for k in ("words", "places", "patches")}
     means |= {"val_pixels": distance.median().item(), "val_described": described.median().item()}
     return means | {"val_near": (distance < 0.02 * size).float().mean().item()}
 
@@ -345,7 +307,8 @@ def train(args: Args, process: Process) -> None:
             if step < alone:
                 parts = {"patches": model.see(images, batch["patches"])}
             else:
-                parts, _, _ = model(images, batch, first)
+                words, places, _, _, dense = model(images, batch, first)
+                parts = {"words": words, "places": places, "patches": dense}
         loss = sum(parts.values())
         loss.backward()
         norm = update(loss.detach())
