@@ -76,7 +76,7 @@ class Args:
     muon: float = 4e-3
     """Peak learning rate of Muon for the matrices of the layers; 0: AdamW has them, too."""
     min_lr: float = 1e-5
-    """Learning rate at the last step of the cosine."""
+    """Learning rate at the last step of a cosine."""
     warmup: int = 100
     """Warm-up steps."""
     betas: tuple[float, float] = (0.9, 0.95)
