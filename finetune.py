@@ -31,8 +31,9 @@ Where we depart from the paper, or fill in what it does not say:
     before the policy looks again; at --small one, where demonstrations take a few seconds and their corrections count.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
-    trains the matrices of the layers (lam.py 8), and the student learns at a tenth of the expert's rates: at the same
-    rate ten demonstrations make it forget what it foresaw (results/LOG.md). From random weights, give --student-lr 1.
+    trains the matrices of the layers (lam.py 8), and the student learns at a tenth of the expert's rates: with ten
+    demonstrations that is better than the same rates, distilled or not (results/LOG.md). From random weights, give
+    --student-lr 1.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
