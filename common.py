@@ -18,6 +18,7 @@ Conventions, once and for all:
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -171,6 +172,12 @@ def here() -> Process:
     return Process(0, 1, device, torch.bfloat16 if cuda else torch.float32)
 
 
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
 def setup(seed: int, replicas: int = 1, cpu_bf16: bool = False) -> Process:
     """Joins torchrun's process group if there is one, picks the device and seeds the weights' initialisation.
 
@@ -178,7 +185,7 @@ def setup(seed: int, replicas: int = 1, cpu_bf16: bool = False) -> Process:
     and with `cpu_bf16` on CPUs that have instructions for it. Raises InputError where the ranks cannot be divided into
     so many replicas."""
     process = here()
-    if cpu_bf16 and process.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+    if cpu_bf16 and process.device.type == "cpu" and cpu_has_bf16():
         process = dataclasses.replace(process, dtype=torch.bfloat16)
         torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's: its backward pass is slow in bfloat16
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -222,6 +229,42 @@ def sharding(process: Process) -> dict[str, Any]:
     return {"mesh": mesh, "mp_policy": policy}
 
 
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, its updates scaled to AdamW's size. Only the precision of its products is our own: PyTorch's are
+    in bfloat16, which takes four times as long as float32 on a CPU that has no instructions for it."""
+
+    def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float):
+        super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                mean.lerp_(p.grad, 1 - momentum)
+                fast = p.device.type != "cpu" or cpu_has_bf16()
+                update = p.grad.lerp(mean, momentum).to(torch.bfloat16 if fast else torch.float32)
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"]),
+                       alpha=-lr * 0.2 * max(p.shape) ** 0.5)  # fmt: skip
+
+
+def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix of any shape with its singular values moved near 1, by the iteration of Newton and Schulz (Jordan et
+    al., 2024): x <- a x + b (x x') x + c (x x')^2 x."""
+    a, b, c = coefficients
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 class Optimizers(list):
     """AdamW; or Muon (Jordan et al., 2024; its updates scaled to AdamW's size) for the matrices of the layers, and
     AdamW for the rest: a list that is stepped and saved as one. Only parameters that are trained at the time are in it.
@@ -246,7 +289,7 @@ class Optimizers(list):
                            for share in self.shares[-1]])  # fmt: skip
         super().__init__([torch.optim.AdamW(groups[0], args.lr, args.betas, weight_decay=decay)])
         if matrices:
-            self.append(torch.optim.Muon(groups[1], args.muon, decay, adjust_lr_fn="match_rms_adamw"))
+            self.append(Muon(groups[1], args.muon, decay))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from rendered still scenes (`data.stills`), in PaliGemma's own words:
 Then `lam.py --encoder runs/small/pretrain/internvl-small/hf` and `distill.py --student .../paligemma-small/hf` start
 from there as from a downloaded model. It is no part of LatBot, and every method that we compare gets it alike.
 
-Reads nothing: scenes are drawn as they are needed. Writes runs/<preset>/pretrain/<model>/: args.json, metrics.jsonl,
-checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
+Reads nothing: scenes are drawn as they are needed, and kept in memory. Writes runs/<preset>/pretrain/<model>/:
+args.json, metrics.jsonl, checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
 
 All of it is our choice:
  1. Half of the questions ask for up to five things, half for all that is there. Where no other thing has its noun, a
@@ -30,6 +30,7 @@ All of it is our choice:
     begins with the second.
 """
 
+import functools
 import os
 import shutil
 import time
@@ -67,6 +68,8 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
+    pool: int = 10_000
+    """Different scenes at most, 40 kB each still in memory: after these come the first again, with other questions."""
     steps: int = 8000
     """Optimizer steps."""
     sight: float = 0.6
@@ -183,11 +186,15 @@ def patch_size(config: Any) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-def draw(seed: int, step: int, scenes: int, size: int, tokenizer: Any, config: Any, detect: bool | None = None):
+drawn = functools.cache(stills)
+
+
+def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: Any, detect: bool | None = None):
     """A step's images, uint8 (B, 3, H, H), and what `encode` makes of questions about them: a function of (seed, step).
     detect: the kind of question; None mixes them."""
     rng = np.random.default_rng([seed, step])
-    shown = [still for k in range(scenes) for still in stills(seed, step * scenes + k, size)]
+    numbers = [(step * args.scenes + k) % args.pool for k in range(args.scenes)]
+    shown = [still for number in numbers for still in drawn(seed, number, size)]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
@@ -253,7 +260,7 @@ def validate(model: nn.Module, args: Args, process: Process, size: int, tokenize
     found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance", "described")}
     for k in range(0, args.val_scenes, args.scenes):
         for detect in (True, False):
-            images, batch = draw(args.seed + UNSEEN, k, args.scenes, size, tokenizer, model.config, detect)
+            images, batch = draw(args.seed + UNSEEN, k, args, size, tokenizer, model.config, detect)
             images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 words, places, expected, true, dense = model(images, batch, first)
@@ -299,7 +306,7 @@ def train(args: Args, process: Process) -> None:
         began = time.perf_counter()
         at, of = (step, alone) if step < alone else (step - alone, args.steps - alone)
         optimizer.rate(common.learning_rate(at, of, args.lr, args.min_lr, args.warmup))
-        images, batch = draw(args.seed, step, args.scenes, size, tokenizer, model.config)
+        images, batch = draw(args.seed, step, args, size, tokenizer, model.config)
         images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
         waited = time.perf_counter() - began
         model.speak(step >= alone)
@@ -334,7 +341,7 @@ def train(args: Args, process: Process) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, scenes=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
+    common.at_least(args, scenes=1, pool=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
     common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
     if args.sight > 1:
         raise InputError(f"--sight {args.sight}: a share of the steps, at most 1")

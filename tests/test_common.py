@@ -311,6 +311,26 @@ def test_muon_has_the_matrices_of_the_layers():
     assert [type(part) for part in common.Optimizers(model, plain)] == [torch.optim.AdamW]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_muon_is_that_of_pytorch_in_either_precision(fast, monkeypatch):
+    """Bit for bit in bfloat16; in float32, on CPUs without instructions for that, as far as bfloat16 rounds."""
+    monkeypatch.setattr(common, "cpu_has_bf16", lambda: fast)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(p.clone()) for p in start] for _ in range(2))
+    mine = common.Muon([{"params": ours, "lr": 0.1}], 0.1, 0.1)
+    reference = torch.optim.Muon(theirs, 0.1, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        mine.step(), reference.step()
+    for p, q, old in zip(ours, theirs, start, strict=True):
+        assert (p - old).abs().mean() > 0.02
+        torch.testing.assert_close(p, q, **({"rtol": 0, "atol": 0} if fast else {"rtol": 0.05, "atol": 0.01}))
+    assert fast or any(not torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
 def test_a_part_learns_at_a_share_of_the_rates():
     model, optimizer = make_shares()
     names = {p: name for name, p in model.named_parameters()}

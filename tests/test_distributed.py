@@ -140,7 +140,7 @@ def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
 
 
 def test_muon_on_two_ranks(rough, tmp_path):
-    """Muon works on whole matrices, which no rank has, and rounds them to bfloat16: to 1e-3. A run goes on from two
+    """Muon works on whole matrices, which no rank has, and may round them to bfloat16: to 1e-3. A run goes on from two
     ranks on one."""
     more = ["--steps", 4, "--save-every", 2, "--muon", 1e-3]
     forked(*rough_lam(rough, tmp_path / "one", *ONE, *more))

@@ -211,12 +211,23 @@ def test_first_only_the_vision_encoder_learns(tmp_path, monkeypatch):
     assert len(late) > len(seeing) + 20 and any("language_model.layers.0" in k for k in late)
 
 
+def test_scenes_come_again_with_other_questions():
+    model, tokenizer = common.load_vlm("paligemma-tiny")
+    args = replace(TINY, scenes=2, pool=4)
+    made = [pretrain.draw(0, step, args, 64, tokenizer, model.config) for step in range(4)]
+    images, batches = zip(*made, strict=True)
+    assert torch.equal(images[0], images[2]) and torch.equal(images[1], images[3])
+    assert not torch.equal(images[0], images[1])
+    asked = [batch["input_ids"].tolist() for batch in batches]
+    assert asked[0] != asked[2]
+
+
 def test_learns_where_a_scene_of_things_is():
     """Overfits one scene: its boxes come out to a few pixels."""
     torch.manual_seed(0)
     model, tokenizer = common.load_vlm("internvl-tiny")
     first = tokenizer.convert_tokens_to_ids("<loc0000>")
-    images, batch = pretrain.draw(0, 1, 1, 64, tokenizer, model.config, detect=False)
+    images, batch = pretrain.draw(0, 1, replace(TINY, scenes=1), 64, tokenizer, model.config, detect=False)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     for _ in range(120):
         words, places, expected, true = pretrain.answer_loss(model, images, batch, first)
