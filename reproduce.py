@@ -118,8 +118,8 @@ class Preset(NamedTuple):
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "lam": "--steps 4000 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 4000", "clone": "--steps 12000 --student-lr 1"}),
+        "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
+        "distill": "--steps 2400", "clone": "--steps 7200 --student-lr 1"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
