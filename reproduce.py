@@ -3,6 +3,7 @@
     python reproduce.py --small --list                 # every unit: its state, its hours, what comes next
     python reproduce.py --small                        # go on (`make reproduce`)
     python reproduce.py --small --only 'trials_*_10'   # only these, and what they need
+    python reproduce.py --small --ship 'start_*'       # put what these made into weights/small/, for other machines
     python reproduce.py --tiny                         # the same in miniature: every line of it, and no evidence
 
     play ------------> lam_* --> student_* --> policy_* --> trials_* --> results/small/*.json --> report.py
@@ -15,7 +16,9 @@ beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, r
 What is kept: a unit whose JSON in results/ is whole, and was made with the arguments that the tables below give it and
 all that it needs; the arguments of a stage and its preset are read from its source. What was made with others is set
 aside in runs/<preset>/reproduce/old and made anew. What was interrupted goes on from its last checkpoint. Several
-machines may work side by side in a shared folder.
+machines may work side by side in a shared folder. Of a finished unit remain its last weights, in half precision, from
+which all that needs it starts; where they are missing and weights/<preset>/ has those of that very result, they are
+taken from there, so that on a new machine one cell can be made again without the hours before it.
 
 Where the paper is silent (all our choice):
  1. One policy for all five tasks, as for LIBERO (Sec. 4.3), from the first n demonstrations of each.
@@ -51,6 +54,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 
 import common
 from common import InputError
@@ -252,6 +256,7 @@ class Queue:
     units: dict[str, Unit]
     work: Path
     results: Path
+    shipped: Path = Path("weights")
 
     def command(self, unit: Unit) -> str:
         known = lambda m: m[0] if m[1] == "task" else str(self.work / m[1])
@@ -299,8 +304,41 @@ class Queue:
         for name in reversed(self.units):
             for n in self.units[name].needs if found[name].wanted else ():
                 if found[n].done and not found[n].present:
+                    found[n].present = self.restore(n)
+                if found[n].done and not found[n].present:
                     found[n].wanted, found[n].why = True, f"its result is kept, but {name} needs {self.work / n}"
         return found
+
+    def restore(self, name: str) -> bool:
+        """Puts what a unit made where it is looked for, if it is shipped and of the result that is there."""
+        theirs, result = load(self.shipped / f"{name}.json"), load(self.results / f"{name}.json")
+        if not theirs or not result or theirs["begun"] != result["begun"] or not (self.shipped / name).exists():
+            return False
+        partial = self.work / f"{name}.{os.urandom(4).hex()}.partial"
+        shutil.copytree(self.shipped / name, partial)
+        try:
+            partial.rename(self.work / name)
+        except OSError:  # something is there: half-finished, or another was faster
+            shutil.rmtree(partial)
+            return False
+        common.write_json(self.work / f"{name}.json", theirs)
+        tell(f"{name}: taken from {self.shipped / name}")
+        return True
+
+    def ship(self, name: str) -> None:
+        """The other way. Raises InputError where there is nothing finished."""
+        record, result = load(self.work / f"{name}.json"), load(self.results / f"{name}.json")
+        to = self.shipped / name
+        if not self.survey()[name].present or not record:
+            raise InputError(f"{name} is not finished on this disk: python reproduce.py --only {name}")
+        if not result or record["begun"] != result["begun"]:
+            raise InputError(f"{self.results / name}.json is of another run than {self.work / name}: remove that file, "
+                             f"and this run's is put there by the next `python reproduce.py --list`")  # fmt: skip
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.copytree(self.work / name, to)
+        common.write_json(self.shipped / f"{name}.json", record)
+        size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
+        print(f"{to}: {size / 1e6:.1f} MB")
 
     # ---- Claims: <unit>.claim.<n>. The highest n holds; taking over a void claim makes n + 1, which only one can ----
 
@@ -445,9 +483,11 @@ class Job:
             lines = [line for line in re.split(r"[\r\n]+", self.log.read_text(errors="replace")) if line.strip()]
             return "\n    ".join([f"exit code {code}; the end of {self.log}:", *lines[-12:]])
         try:
+            kept = halve(self.folder)
             self.note(finished=True, **(trials(self.unit, self.folder) if self.unit.cell else curve(self.folder)))
         except InputError as error:
             return str(error)
+        clear(self.folder, kept)
         self.queue.survey()  # puts it into results/
         return ""
 
@@ -461,6 +501,27 @@ class Job:
                 except subprocess.TimeoutExpired:
                     pass
         self.claim.unlink(missing_ok=True)
+
+
+def halve(folder: Path) -> list[Path]:
+    """Rounds the last weights in a stage's folder to float16: what others start from is what is shipped. Returns the
+    folders of models in it that stay."""
+    kept = [folder / "hf"] if (folder / "hf").exists() else common.checkpoints(folder)[-1:]
+    for model in kept:
+        tensors, partial = common.read_tensors(model / "model.safetensors"), model / "model.partial"
+        half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        save_file(half, partial, metadata={"format": "pt"})
+        partial.replace(model / "model.safetensors")
+    return kept
+
+
+def clear(folder: Path, kept: list[Path]) -> None:
+    """Removes what only training needs: other checkpoints, and the moments in those that stay."""
+    for path in folder.glob("checkpoints/*"):
+        if path not in kept:
+            shutil.rmtree(path)
+    for path in kept:
+        (path / "optimizer.safetensors").unlink(missing_ok=True)
 
 
 def trials(unit: Unit, folder: Path) -> dict[str, Any]:
@@ -612,6 +673,8 @@ class Args:
     """Only units whose name fits this pattern (* and ?, as for files), and what they need."""
     list: bool = False
     """Show every unit, its state and its hours, and do nothing."""
+    ship: str = ""
+    """Copy the weights of finished units whose name fits this pattern to weights/<preset>/, and do nothing else."""
 
 
 def main() -> None:
@@ -622,13 +685,18 @@ def main() -> None:
     chosen = fnmatch.filter(units, args.only or "*")
     if not chosen:
         raise InputError(f"--only {args.only!r} fits none of {', '.join(units)}")
-    queue = Queue(closure(units, chosen), Path("runs") / args.preset / "reproduce", Path("results") / args.preset)
+    queue = Queue(closure(units, chosen), Path("runs") / args.preset / "reproduce", Path("results") / args.preset,
+                  Path("weights") / args.preset)  # fmt: skip
     queue.work.mkdir(parents=True, exist_ok=True)
     for path in sorted(queue.results.glob("*.json")):
         if path.stem not in units:
             print(f"{path} is no result of this queue: left alone")
     if args.list:
         print(listing(queue))
+        return
+    if args.ship:
+        for name in fnmatch.filter(queue.units, args.ship):
+            queue.ship(name)
         return
     status = queue.survey()
     print(f"{sum(not s.wanted for s in status.values())} of {len(status)} units are finished and kept")

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import common
 import reproduce
@@ -311,6 +313,57 @@ def test_results_without_the_work(make):
     assert "b needs" in queue.survey()["a"].why
     assert not run(queue) and starts(queue) == {"a": 1, "b": 1}
     assert (queue.results / "a.json").read_text() == kept
+
+
+def test_shipped_weights_are_taken_where_the_work_is_missing(make, capsys):
+    queue = make(a="--steps 1", b="--init {a} --steps 1")
+    queue.shipped = queue.work.parent / "weights"
+    with pytest.raises(InputError, match="a is not finished"):
+        queue.ship("a")
+    assert not run(queue)
+    (queue.work / "a" / "steps").write_text("mark")
+    queue.ship("a")
+    shutil.rmtree(queue.work)
+    queue.work.mkdir()
+    assert not queue.survey()["a"].present  # nothing needs it
+    (queue.results / "b.json").unlink()
+    assert not run(queue) and starts(queue) == {"a": 1, "b": 1}
+    assert (queue.work / "a" / "steps").read_text() == "mark" and "a: taken from" in capsys.readouterr().out
+    # Of another making than the result that is there, or half-finished here: made anew.
+    shipped = json.loads((queue.shipped / "a.json").read_text())
+    for change in ("begun", "work"):
+        shutil.rmtree(queue.work)
+        queue.work.mkdir()
+        if change == "work":
+            (queue.work / "a").mkdir()
+            (queue.work / "a" / "half").touch()
+        else:
+            common.write_json(queue.shipped / "a.json", shipped | {"begun": "once"})
+        (queue.results / "b.json").unlink()
+        assert not run(queue) and (queue.work / "a" / "steps").read_text() != "mark"
+        common.write_json(queue.shipped / "a.json", shipped)
+        assert not list(queue.work.glob("*.partial"))
+    with pytest.raises(InputError, match="is of another run"):
+        queue.ship("a")
+
+
+def test_what_stays_of_a_finished_unit(tmp_path):
+    """The last weights, rounded as they are shipped, and nothing that only training needs."""
+    whole = torch.tensor([1 / 3, 1e-3])
+    for step in (1, 2):
+        at = tmp_path / f"checkpoints/step_0000000{step}"
+        at.mkdir(parents=True)
+        common.write_json(at / "meta.json", {"stage": "lam", "step": step})
+        for name in ("model", "optimizer"):
+            save_file({"x": whole * step, "n": torch.tensor(7)}, at / f"{name}.safetensors")
+    kept = reproduce.halve(tmp_path)
+    reproduce.clear(tmp_path, kept)
+    assert kept == [tmp_path / "checkpoints/step_00000002"] == list((tmp_path / "checkpoints").iterdir())
+    assert {p.name for p in kept[0].iterdir()} == {"meta.json", "model.safetensors"}
+    found = common.read_tensors(kept[0] / "model.safetensors")
+    assert torch.equal(found["x"], (whole * 2).half()) and found["n"] == 7
+    reproduce.halve(tmp_path)  # once more, after a kill
+    assert torch.equal(common.read_tensors(kept[0] / "model.safetensors")["x"], found["x"])
 
 
 def test_a_full_disk(make, monkeypatch):
