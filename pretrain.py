@@ -32,8 +32,10 @@ All of it is our choice:
 
 import functools
 import os
+import pickle
 import shutil
 import time
+import zlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,7 +71,7 @@ class Args:
     scenes: int = 5
     """Scenes a step, of six stills each."""
     pool: int = 10_000
-    """Different scenes at most, 40 kB each still in memory: after these come the first again, with other questions."""
+    """Different scenes at most, 20 kB each in memory: after these come the first again, with other questions."""
     steps: int = 8000
     """Optimizer steps."""
     sight: float = 0.6
@@ -186,7 +188,10 @@ def patch_size(config: Any) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-drawn = functools.cache(stills)
+@functools.cache
+def drawn(seed: int, number: int, size: int) -> bytes:
+    """The stills of a scene, packed: to draw them takes ten times as long as all else before the model."""
+    return zlib.compress(pickle.dumps(stills(seed, number, size)), 1)
 
 
 def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: Any, detect: bool | None = None):
@@ -194,7 +199,7 @@ def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: An
     detect: the kind of question; None mixes them."""
     rng = np.random.default_rng([seed, step])
     numbers = [(step * args.scenes + k) % args.pool for k in range(args.scenes)]
-    shown = [still for number in numbers for still in drawn(seed, number, size)]
+    shown = [still for number in numbers for still in pickle.loads(zlib.decompress(drawn(seed, number, size)))]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))

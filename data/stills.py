@@ -164,6 +164,7 @@ def stills(seed: int, number: int, size: int) -> list[Still]:
     for _ in range(PER_SCENE // len(cameras)):
         _arrange(scene, rng)
         made += look(scene, eyes, words, owner)
+    scene.limbs.clear()  # they know their scene: as a circle it would wait, with all its meshes, for the collector
     return made
 
 
