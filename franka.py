@@ -415,9 +415,7 @@ class SimFranka(World):
         return self.observe()
 
     def observe(self) -> Observation:
-        position, quaternion = self.pose()
-        opening = np.clip(self.data.qpos[7:9].sum() / MAX_OPENING, 0, 1)
-        state = np.concatenate([position, quaternion, [opening]]).astype(np.float32)
+        state = np.concatenate([*self.pose(), [self.opening()]]).astype(np.float32)
         return Observation(self.cameras.render(self.data) if self.cameras else {}, state)
 
     def step(self, action: np.ndarray) -> Observation:
@@ -436,6 +434,10 @@ class SimFranka(World):
     def pose(self) -> tuple[np.ndarray, np.ndarray]:
         """The measured tool pose in the base frame: position (3,), quaternion xyzw (4,), canonical."""
         return self.arm.pose()
+
+    def opening(self) -> float:
+        """The measured opening of the gripper, 0 (closed) to 1."""
+        return float(np.clip(self.data.qpos[7:9].sum() / MAX_OPENING, 0, 1))
 
     def drive(self, position: np.ndarray, quaternion: np.ndarray, gripper: float) -> None:
         """Drives the tool to a pose within one tick, as far as the joints' speed allows."""
@@ -645,18 +647,46 @@ def reach(
 
 
 def hold(sim, gripper, phase, ticks) -> Iterator[Command]:
-    """Keeps the pose it finds, while the gripper opens or closes."""
+    """Keeps the pose it finds."""
     position, quaternion = sim.pose()
     for _ in range(ticks):
         yield Command(position, quaternion, gripper, phase, False)
 
 
+def move_fingers(sim, gripper, phase, ticks=10) -> Iterator[Command]:
+    """Opens or closes the gripper where it is, until the fingers stand still. A policy without memory sees when that
+    is; how long they have stood, it could not know, and would wait forever."""
+    opening = sim.opening()
+    for command in hold(sim, gripper, phase, ticks):
+        yield command
+        before, opening = opening, sim.opening()
+        if abs(opening - before) < 0.01 and (opening > 0.9) == (gripper == OPEN):
+            return
+
+
+def descend(
+    sim, position, quaternion, gripper, phases, height, speed=0.25, slope=5.0, tolerance=0.003, ticks=120
+) -> Iterator[Command]:  # fmt: skip
+    """Moves above a pose and down to it in a funnel: it stays `slope` times as high above the pose as it is beside it
+    (a radian counts as 0.1 m), `height` at most. So what it does depends on where it is alone, and whoever follows it a
+    little beside still comes down. phases: texts for far and near."""
+    for _ in range(ticks):
+        here, turned = sim.pose()
+        turn = Rotation.from_quat(quaternion) * Rotation.from_quat(turned).inv()
+        beside = max(np.linalg.norm(np.subtract(position, here)[:2]), 0.1 * turn.magnitude())
+        up = min(height, slope * max(0.0, beside - 0.7 * tolerance))
+        if beside < tolerance and here[2] - position[2] < tolerance:
+            return
+        far = up >= height
+        goal = np.add(position, (0, 0, up))
+        yield from reach(sim, goal, quaternion, gripper, phases[not far], speed if far else 0.8 * speed, 0.0, far, 1)
+
+
 def grasp(sim, position, quaternion, thing: str, lift: float, speed=0.2) -> Iterator[Command]:
     """From above down to a pose, closes around `thing` ("the cup"), and lifts it by `lift` (m) at `speed` (m/s)."""
-    above, around = np.add(position, (0, 0, 0.1)), f"the gripper around {thing}"
-    yield from reach(sim, above, quaternion, OPEN, f"move above {thing}", tolerance=0.007)
-    yield from reach(sim, position, quaternion, OPEN, f"lower {around}", 0.2, free=False)
-    yield from hold(sim, CLOSED, f"close {around}", 5)
+    around = f"the gripper around {thing}"
+    yield from descend(sim, position, quaternion, OPEN, (f"move above {thing}", f"lower {around}"), 0.1)
+    yield from move_fingers(sim, CLOSED, f"close {around}")
     up = np.add(position, (0, 0, lift))
     yield from reach(sim, up, quaternion, CLOSED, f"lift {thing}", speed, 0.01, free=False)
 
@@ -772,17 +802,14 @@ class BlockSlot(Task):
         (block, turned), (slot, aligned) = sim.where("block"), sim.where("board")
         yaw, goal = fold(turned.as_euler("xyz")[2]), fold(aligned.as_euler("xyz")[2])
         yield from grasp(sim, block + (0, 0, 0.014), pointing_down(yaw), "the block", 0.1)
-        for height, phase, free, tolerance in (
-            (0.12, "move the block above the slot", True, 0.002),
-            (self.half[2] + 0.004, "lower the block into the slot", False, 0.0025),
-        ):
-            # Where the tool must go so that the block, as it now lies in the hand, arrives upright over the slot.
-            (here, tool), (held, tilt) = sim.pose(), sim.where("block")
-            turn = _turned(goal) * _turned(fold(tilt.as_euler("xyz")[2])).inv()
-            target = np.array([*slot[:2], height]) + turn.apply(here - held)
-            facing = (turn * Rotation.from_quat(tool)).as_quat(canonical=True)
-            yield from reach(sim, target, facing, CLOSED, phase, 0.25 if free else 0.12, tolerance, free, 40)
-        yield from hold(sim, OPEN, "open the gripper", 5)
+        # Where the tool must go so that the block, as it now lies in the hand, arrives upright in the slot.
+        (here, tool), (held, tilt) = sim.pose(), sim.where("block")
+        turn = _turned(goal) * _turned(fold(tilt.as_euler("xyz")[2])).inv()
+        target = np.array([*slot[:2], self.half[2] + 0.004]) + turn.apply(here - held)
+        facing = (turn * Rotation.from_quat(tool)).as_quat(canonical=True)
+        phases = ("move the block above the slot", "lower the block into the slot")
+        yield from descend(sim, target, facing, CLOSED, phases, 0.085, slope=12.0, tolerance=0.0025)
+        yield from move_fingers(sim, OPEN, "open the gripper")
         yield from reach(sim, sim.pose()[0] + (0, 0, 0.1), sim.pose()[1], OPEN, "move up", free=False)
 
 
@@ -902,18 +929,15 @@ class DipBrush(Task):
         handle = brush + turned.apply([self.grip, 0, 0]) + (0, 0, 0.003)
         yield from grasp(sim, handle, pointing_down(yaw), "the brush's handle", 0.12)
         tilted = pointing_down(yaw / 2, pitch)
-        for height, phase, speed, free in (
-            (0.09, "move the brush above the bowl", 0.2, True),
-            (0.019, "dip the brush in the sauce", 0.12, False),
-        ):
-            # The tip's place in the hand is measured: the brush may have turned a little when it was gripped.
-            here, tool = sim.pose()
-            offset = Rotation.from_quat(tool).inv().apply(self.tip_of(sim) - here)
-            target = np.array([*bowl[:2], height]) - Rotation.from_quat(tilted).apply(offset)
-            yield from reach(sim, target, tilted, CLOSED, phase, speed, 0.004, free)
-        yield from hold(sim, CLOSED, "dip the brush in the sauce", 2)
-        out = sim.pose()[0] + (0, 0, 0.1)
-        yield from reach(sim, out, tilted, CLOSED, "lift the brush out of the sauce", 0.2, free=False)
+        # The tip's place in the hand is measured: the brush may have turned a little when it was gripped.
+        here, tool = sim.pose()
+        offset = Rotation.from_quat(tool).inv().apply(self.tip_of(sim) - here)
+        target = np.array([*bowl[:2], 0.019]) - Rotation.from_quat(tilted).apply(offset)
+        phases = ("move the brush above the bowl", "dip the brush in the sauce")
+        yield from descend(sim, target, tilted, CLOSED, phases, 0.07, 0.2, slope=4.0, tolerance=0.004)
+        # Back and upright, not the way it came: whoever looks at the middle of that way could not tell in from out.
+        out = sim.pose()[0] + (-0.08, 0, 0.1)
+        yield from reach(sim, out, pointing_down(yaw / 2), CLOSED, "lift the brush out of the sauce", 0.2, free=False)
 
 
 class PotOven(Oven):
@@ -959,7 +983,7 @@ class PotOven(Oven):
         ):
             target = oven + facing.apply([x - self.grip, 0, z + self.half + self.handle])
             yield from reach(sim, target, pointing_down(goal), CLOSED, phase, speed, 0.003, free, 60)
-        yield from hold(sim, OPEN, "open the gripper", 5)
+        yield from move_fingers(sim, OPEN, "open the gripper")
         up = sim.pose()[0] + facing.apply([-0.03, 0, 0.1])
         yield from reach(sim, up, pointing_down(goal), OPEN, "move up and away", 0.2, free=False)
 

@@ -17,9 +17,11 @@ from franka import (
     Command,
     add_free,
     add_geom,
+    descend,
     fold,
     hold,
     import_mujoco,
+    move_fingers,
     pointing_down,
     reach,
 )
@@ -56,15 +58,18 @@ class Family:
     def go(self, s, position, quaternion, gripper, phase, speed=0.28, tolerance=0.006, free=True, ticks=40):
         yield from reach(s.actor, position, quaternion, gripper, phase, speed * self.pace, tolerance, free, ticks)
 
+    def descend(self, s, grip, facing, what: str, height: float):
+        phases = (f"move above {what}", f"lower onto {what}")
+        yield from descend(s.actor, grip, facing, OPEN, phases, height, 0.28 * self.pace, tolerance=0.004, ticks=70)
+
     def grasp(self, s, thing: Thing, lift: float):
         """Takes a thing from above, where it is now, near its top, and lifts it."""
         at, turned = s.where(thing.name)
         yaw = fold(turned.as_euler("xyz")[2], thing.period) if thing.period else self.rng.uniform(-0.5, 0.5)
         facing, what = pointing_down(yaw), f"the {thing.words}"
         grip = np.array([*at[:2], at[2] + max(0.014 - thing.half, thing.half - 0.026, 0.0)])
-        yield from self.go(s, grip + (0.09 + thing.half) * Z, facing, OPEN, f"move above {what}", tolerance=0.012)
-        yield from self.go(s, grip, facing, OPEN, f"lower onto {what}", 0.2, 0.004, False)
-        yield from hold(s.actor, CLOSED, f"grip {what}", 6 if s.actor.tips else 4)  # a hand closes slowly
+        yield from self.descend(s, grip, facing, what, 0.09 + thing.half)
+        yield from move_fingers(s.actor, CLOSED, f"grip {what}")
         yield from self.go(s, grip + lift * Z, facing, CLOSED, f"lift {what}", 0.2, 0.012, False)
 
     def carry(self, s, thing: Thing, goal, phase: str, speed=0.28, tolerance=0.006, free=True):
@@ -74,7 +79,7 @@ class Family:
         yield from self.go(s, target, facing, CLOSED, phase, speed, tolerance, free)
 
     def let_go(self, s, rise=0.08):
-        yield from hold(s.actor, OPEN, "open the fingers", 3)
+        yield from move_fingers(s.actor, OPEN, "open the fingers")
         yield from self.go(s, s.actor.pose()[0] + rise * Z, s.actor.pose()[1], OPEN, "move up", 0.3, 0.015, False)
 
 
@@ -340,9 +345,8 @@ class Drawer(Family):
         facing, what = pointing_down(self.yaw), f"the {self.words}"
         handle = at + turned.apply(self.handle)
         if self.open:
-            yield from self.go(s, handle + 0.09 * Z, facing, OPEN, f"move above the handle of {what}", tolerance=0.01)
-            yield from self.go(s, handle, facing, OPEN, f"lower onto the handle of {what}", 0.2, 0.004, False)
-            yield from hold(s.actor, CLOSED, "grip the handle", 4)
+            yield from self.descend(s, handle, facing, f"the handle of {what}", 0.09)
+            yield from move_fingers(s.actor, CLOSED, "grip the handle")
             pulled = handle + self.rng.uniform(0.075, 0.09) * self.out
             yield from self.go(s, pulled, facing, CLOSED, f"pull {what} open", 0.12, 0.008, False, 20)
             yield from self.let_go(s)
@@ -643,9 +647,8 @@ class Pour(Family):
         yaw, what = turned.as_euler("xyz")[2], f"the {self.thing.words}"
         facing, handle = pointing_down(yaw), turned.apply([self.grip, 0, 0])
         grip = at + handle + (self.top - 0.018) * Z
-        yield from self.go(s, grip + 0.1 * Z, facing, OPEN, f"move above {what}", tolerance=0.012)
-        yield from self.go(s, grip, facing, OPEN, f"lower onto {what}", 0.2, 0.004, False)
-        yield from hold(s.actor, CLOSED, f"grip {what}", 4)
+        yield from self.descend(s, grip, facing, what, 0.1)
+        yield from move_fingers(s.actor, CLOSED, f"grip {what}")
         yield from self.go(s, grip + 0.12 * Z, facing, CLOSED, f"lift {what}", 0.25, 0.012, False)
         # Rolled by a positive angle the marble leaves to the right: the scoop stays that much to the left.
         aside = turned.apply([0, np.sign(self.tilt) * 0.05, 0])
