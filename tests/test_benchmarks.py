@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import common
-from benchmarks import localise, measure, policy_latency, train_step
+from benchmarks import ceiling, localise, measure, policy_latency, train_step
 from common import InputError
 from data.stills import stills
+from franka import SimFranka, run_trial
 
 
 def size(module: torch.nn.Module) -> int:
@@ -153,3 +154,20 @@ def test_detect_takes_the_places_that_the_model_says():
     want = (np.array([[10, 20, 30, 40], [11, 21, 31, 41]]) + 0.5 + 0.5) / common.PLACES
     np.testing.assert_allclose(boxes, want, atol=1e-5)
     assert sizes == [[k, k] for k in range(4)]
+
+
+def test_the_ceiling_is_reached_by_who_is_told_all():
+    args = ceiling.Args(demonstrations=4, disturb=1.0, steps=600)
+    robot = SimFranka("close_oven", 0)
+    told = ceiling.Told(robot, args)
+    seen, done = ceiling.collect(told, args)
+    assert len(seen) == len(done) > 60 and done.shape[1] == 7
+    assert told.learn(seen, done) < 0.1
+    assert sum(run_trial(told, robot, k, 0)["success"] for k in range(4)) >= 3
+    # The cup that is asked for comes first, beside the tool: above it, nothing but height is left.
+    robot = SimFranka("pick_cup", 0)
+    told = ceiling.Told(robot, args)
+    for trial in range(4):
+        robot.reset(trial, 0)
+        beside = told.features()[:3] / 8
+        assert np.allclose(beside, robot.where(robot.task.target)[0] - robot.pose()[0], atol=1e-6)

@@ -181,6 +181,54 @@ def test_experts_on_trials_not_used_for_tuning(task):
     assert sum(e["success"] for e in franka.run_trials(ExpertPolicy(), task, range(10, 40))) >= 27
 
 
+@pytest.mark.parametrize("task", ["pick_cup", "block_slot", "dip_brush", "pot_oven"])
+def test_until_the_grasp_an_expert_that_begins_anew_does_the_same(robots, task):
+    """What it does depends on what can be seen, not on how it came there: a policy without memory can follow it."""
+    robot, rng = robots[task], np.random.default_rng(0)
+    robot.reset(3, 2)
+    going, far = ExpertPolicy(), 0
+    going.reset(robot)
+    for tick in range(60):
+        action, anew = going.act(robot.observe(), ""), ExpertPolicy()
+        if going.command.gripper == franka.CLOSED:
+            break
+        anew.reset(robot)
+        np.testing.assert_allclose(anew.act(robot.observe(), ""), action, atol=1e-4)
+        far += going.command.free
+        push = np.append(rng.uniform(-0.02, 0.02, 3) * (going.command.free and tick % 4 == 0), np.zeros(4))
+        robot.step(action + push)
+    assert 3 < far < tick < 55
+
+
+def test_fingers_move_until_they_stand(robots):
+    robot = robots["pick_cup"]
+    robot.reset(0, 0)
+    openings = [robot.opening()]
+    for gripper in (franka.CLOSED, franka.OPEN):
+        for command in franka.move_fingers(robot, gripper, ""):
+            robot.drive(command.position, command.quaternion, command.gripper)
+            openings.append(robot.opening())
+        assert abs(openings[-1] - gripper) < 0.05 and len(openings) < 16
+    assert abs(openings[-1] - openings[-2]) < 0.01 < abs(openings[-2] - openings[-3])
+
+
+def test_the_brush_leaves_the_sauce_another_way(robots):
+    """At no height is the way out like the way in: else in and out would cancel for a policy without memory."""
+    robot = robots["dip_brush"]
+    robot.reset(1, 2)
+    expert, poses = ExpertPolicy(), {}
+    expert.reset(robot)
+    while (done := robot.task.check(robot)[0]) is None and robot.seconds < 16:
+        robot.step(expert.act(robot.observe(), ""))
+        poses.setdefault(expert.phase, []).append(robot.pose())
+    assert done
+    into, out = poses["dip the brush in the sauce"], poses["lift the brush out of the sauce"]
+    turn = lambda a, b: (Rotation.from_quat(a[1]) * Rotation.from_quat(b[1]).inv()).magnitude()
+    for pose in out[2:]:
+        nearest = min(into, key=lambda p: np.linalg.norm(p[0] - pose[0]))
+        assert np.linalg.norm(nearest[0] - pose[0]) + 0.1 * turn(nearest, pose) > 0.02
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_doing_nothing_fails_with_a_reason(task):
     class Lazy:
