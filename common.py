@@ -231,7 +231,7 @@ def sharding(process: Process) -> dict[str, Any]:
 
 class Muon(torch.optim.Muon):
     """PyTorch's Muon, its updates scaled to AdamW's size. Only the precision of its products is our own: PyTorch's are
-    in bfloat16, which takes four times as long as float32 on a CPU that has no instructions for it."""
+    in bfloat16, which takes three to four times as long as float32 on a CPU that has no instructions for it."""
 
     def __init__(self, params: list[dict[str, Any]], lr: float, weight_decay: float):
         super().__init__(params, lr, weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -243,7 +243,9 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+                mean = self.state[p]["momentum_buffer"]
                 mean.lerp_(p.grad, 1 - momentum)
                 fast = p.device.type != "cpu" or cpu_has_bf16()
                 update = p.grad.lerp(mean, momentum).to(torch.bfloat16 if fast else torch.float32)

@@ -65,6 +65,7 @@ POSTURE = np.array([0.02, 0.02, 0.3, 0.02, 0.02, 0.02, 0.02])
 # whenever it starts to move: its torque limit of 12 N m is spent on the damping.
 DAMPING = (150, 150, 120, 120, 40, 40, 40)
 DOWN = np.array([0.0, 0.0, 0.0, 1.0])  # quaternion of a tool that points down
+EXPERTS = 2  # which version of the scripts it is that data were made with: to be raised with every change of theirs
 OPEN, CLOSED = 1.0, 0.0
 SHIPPED = Path(__file__).resolve().parent / "policies/small"  # a policy that comes with the project
 GL_HELP = "install a headless GL library: `apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
@@ -654,13 +655,15 @@ def hold(sim, gripper, phase, ticks) -> Iterator[Command]:
 
 
 def move_fingers(sim, gripper, phase, ticks=10) -> Iterator[Command]:
-    """Opens or closes the gripper where it is, until the fingers stand still. A policy without memory sees when that
-    is; how long they have stood, it could not know, and would wait forever."""
-    opening = sim.opening()
-    for command in hold(sim, gripper, phase, ticks):
+    """Opens or closes the gripper where it is, until the fingers stand still. A policy without memory sees whether they
+    stand, not for how long: told to wait, it would wait forever."""
+    opening, moved = sim.opening(), False
+    for tick, command in enumerate(hold(sim, gripper, phase, ticks)):
         yield command
         before, opening = opening, sim.opening()
-        if abs(opening - before) < 0.01 and (opening > 0.9) == (gripper == OPEN):
+        moves = abs(opening - before) >= 0.01
+        moved |= moves
+        if not moves and (moved or tick >= 2):
             return
 
 
@@ -668,8 +671,8 @@ def descend(
     sim, position, quaternion, gripper, phases, height, speed=0.25, slope=5.0, tolerance=0.003, ticks=120
 ) -> Iterator[Command]:  # fmt: skip
     """Moves above a pose and down to it in a funnel: it stays `slope` times as high above the pose as it is beside it
-    (a radian counts as 0.1 m), `height` at most. So what it does depends on where it is alone, and whoever follows it a
-    little beside still comes down. phases: texts for far and near."""
+    (a radian counts as 0.1 m), `height` (m) at most. So what it does depends on where it is alone, and whoever follows
+    it a little beside still comes down. phases: texts for far, where disturbances may come, too, and near."""
     for _ in range(ticks):
         here, turned = sim.pose()
         turn = Rotation.from_quat(quaternion) * Rotation.from_quat(turned).inv()
@@ -1304,7 +1307,8 @@ def record(args: Args) -> dict[str, float]:
     writer = LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
     skip, total = writer.num_episodes, args.record * len(tasks)
     path = Path(args.out) / "meta/record.json"
-    settings = {"seed": seed, "disturb": args.disturb, "look": args.look, "variation": args.variation}
+    settings = {"experts": EXPERTS, "seed": seed, "disturb": args.disturb, "look": args.look,
+                "variation": args.variation}  # fmt: skip
     if not skip:
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(path, settings)

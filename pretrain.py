@@ -70,8 +70,8 @@ class Args:
     """Continue the run in `out` from its last checkpoint, bit for bit."""
     scenes: int = 5
     """Scenes a step, of six stills each."""
-    pool: int = 10_000
-    """Different scenes at most, 20 kB each in memory: after these come the first again, with other questions."""
+    pool: int = 0
+    """Different scenes, 20 kB each in memory: after these come the first again, with other questions. 0: ever new."""
     steps: int = 8000
     """Optimizer steps."""
     sight: float = 0.6
@@ -103,7 +103,7 @@ class Args:
 
 
 TINY = Args(model="paligemma-tiny", scenes=2, steps=30, warmup=5, val_scenes=4, save_every=10, log_every=5)
-SMALL = Args()
+SMALL = Args(pool=10_000)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -198,8 +198,10 @@ def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: An
     """A step's images, uint8 (B, 3, H, H), and what `encode` makes of questions about them: a function of (seed, step).
     detect: the kind of question; None mixes them."""
     rng = np.random.default_rng([seed, step])
-    numbers = [(step * args.scenes + k) % args.pool for k in range(args.scenes)]
-    shown = [still for number in numbers for still in pickle.loads(zlib.decompress(drawn(seed, number, size)))]
+    numbers = np.arange(step * args.scenes, (step + 1) * args.scenes)
+    kept = (lambda n: pickle.loads(zlib.decompress(drawn(seed, n, size)))) if args.pool else (
+        lambda n: stills(seed, n, size))  # fmt: skip
+    shown = [still for n in (numbers % args.pool if args.pool else numbers).tolist() for still in kept(n)]
     asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
@@ -346,7 +348,7 @@ def train(args: Args, process: Process) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, scenes=1, pool=1, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
+    common.at_least(args, scenes=1, pool=0, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
     common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
     if args.sight > 1:
         raise InputError(f"--sight {args.sight}: a share of the steps, at most 1")

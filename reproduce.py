@@ -10,8 +10,9 @@
     start_internvl -----^          ^   demos ----^
     start_paligemma ---------------+     (the two are stand-ins for pretrained models)
 
-A unit is one command of one stage. Reads nothing. Writes runs/<preset>/reproduce/<unit>/, the stage's own folder,
-beside it <unit>.log and <unit>.json, how far it is; and, when it is finished, results/<preset>/<unit>.json.
+A unit is one command of one stage. Reads weights/<preset>/, what was shipped. Writes runs/<preset>/reproduce/<unit>/,
+the stage's own folder, beside it <unit>.log and <unit>.json, how far it is; and, when it is finished,
+results/<preset>/<unit>.json.
 
 What is kept: a unit whose JSON in results/ is whole, and was made with the arguments that the tables below give it and
 all that it needs; the arguments of a stage and its preset are read from its source. What was made with others is set
@@ -57,6 +58,7 @@ import torch
 from safetensors.torch import save_file
 
 import common
+import franka
 from common import InputError
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -268,6 +270,8 @@ class Queue:
         known = defaults(program)
         preset = next((k for k in flags if k in known), "")
         args = known.get(preset, {}) | {k: v for k, v in flags.items() if k != preset or not known}
+        if unit.stage in ("record", "play"):
+            args["experts"] = franka.EXPERTS
         return {k: v for k, v in args.items() if k not in FREE}
 
     def difference(self, unit: Unit, record: dict[str, Any], known: dict[str, Status]) -> str:
@@ -299,44 +303,51 @@ class Queue:
                 result = state
             kept, needs = result or state, {n: found[n].fingerprint for n in unit.needs}
             mark = kept["fingerprint"] if kept else fingerprint(self.args(unit), needs)
-            present = bool(state and state["finished"] and (self.work / name).exists())
+            folder = (self.work / name).exists()
+            present = bool(state and state["finished"] and folder) or bool(
+                not folder and not self.holder(name) and self.shipped_weights(name))
             found[name] = Status(bool(result), present, not result, "" if result else why, mark)
         for name in reversed(self.units):
             for n in self.units[name].needs if found[name].wanted else ():
                 if found[n].done and not found[n].present:
-                    found[n].present = self.restore(n)
-                if found[n].done and not found[n].present:
                     found[n].wanted, found[n].why = True, f"its result is kept, but {name} needs {self.work / n}"
         return found
 
-    def restore(self, name: str) -> bool:
-        """Puts what a unit made where it is looked for, if it is shipped and of the result that is there."""
+    def shipped_weights(self, name: str) -> dict[str, Any] | None:
+        """The record of shipped weights of a unit, if they are of the very result that is there."""
         theirs, result = load(self.shipped / f"{name}.json"), load(self.results / f"{name}.json")
-        if not theirs or not result or theirs["begun"] != result["begun"] or not (self.shipped / name).exists():
-            return False
+        same = theirs and result and theirs.get("begun") == result.get("begun")
+        return theirs if same and (self.shipped / name).exists() else None
+
+    def restore(self, name: str) -> None:
+        """Puts shipped weights where they are looked for, unless something is there."""
+        record = self.shipped_weights(name)
+        if not record or (self.work / name).exists():
+            return
         partial = self.work / f"{name}.{os.urandom(4).hex()}.partial"
-        shutil.copytree(self.shipped / name, partial)
         try:
+            shutil.copytree(self.shipped / name, partial)
+            common.write_json(self.work / f"{name}.json", record)  # first: without the folder it says nothing
             partial.rename(self.work / name)
-        except OSError:  # something is there: half-finished, or another was faster
-            shutil.rmtree(partial)
-            return False
-        common.write_json(self.work / f"{name}.json", theirs)
-        tell(f"{name}: taken from {self.shipped / name}")
-        return True
+            tell(f"{name}: taken from {self.shipped / name}")
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def ship(self, name: str) -> None:
-        """The other way. Raises InputError where there is nothing finished."""
+        """The other way. Raises InputError where there are no weights, or those of another run than the result."""
+        ready = self.survey()[name].present  # which also writes a result that is missing
         record, result = load(self.work / f"{name}.json"), load(self.results / f"{name}.json")
-        to = self.shipped / name
-        if not self.survey()[name].present or not record:
-            raise InputError(f"{name} is not finished on this disk: python reproduce.py --only {name}")
-        if not result or record["begun"] != result["begun"]:
+        kept, to = last_weights(self.work / name), self.shipped / name
+        if not ready or not kept:
+            raise InputError(f"{name}: no finished weights in {self.work}; there may be once it is done (--list)")
+        if record["begun"] != result["begun"]:
             raise InputError(f"{self.results / name}.json is of another run than {self.work / name}: remove that file, "
-                             f"and this run's is put there by the next `python reproduce.py --list`")  # fmt: skip
+                             f"then the same command again")  # fmt: skip
+        clear(self.work / name, kept)  # a kill may have left what only training needs
+        (self.shipped / f"{name}.json").unlink(missing_ok=True)
         shutil.rmtree(to, ignore_errors=True)
         shutil.copytree(self.work / name, to)
-        common.write_json(self.shipped / f"{name}.json", record)
+        common.write_json(self.shipped / f"{name}.json", record)  # last: without it the folder is nothing
         size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
         print(f"{to}: {size / 1e6:.1f} MB")
 
@@ -503,13 +514,21 @@ class Job:
         self.claim.unlink(missing_ok=True)
 
 
+def last_weights(folder: Path) -> list[Path]:
+    """The folders of models, in that of a stage, which others start from."""
+    return [folder / "hf"] if (folder / "hf").exists() else common.checkpoints(folder)[-1:]
+
+
 def halve(folder: Path) -> list[Path]:
-    """Rounds the last weights in a stage's folder to float16: what others start from is what is shipped. Returns the
-    folders of models in it that stay."""
-    kept = [folder / "hf"] if (folder / "hf").exists() else common.checkpoints(folder)[-1:]
+    """Rounds the last weights in a stage's folder to float16: what others start from is what is shipped. What is no
+    matrix stays as it is, normalisers above all. Returns the folders of the models. Raises InputError where a weight
+    does not fit."""
+    kept = last_weights(folder)
     for model in kept:
         tensors, partial = common.read_tensors(model / "model.safetensors"), model / "model.partial"
-        half = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        half = {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
+        if large := [k for k, v in half.items() if torch.isinf(v).any()]:
+            raise InputError(f"{model}: weights of {', '.join(large)} are too large for float16")
         save_file(half, partial, metadata={"format": "pt"})
         partial.replace(model / "model.safetensors")
     return kept
@@ -585,6 +604,8 @@ def work(queue: Queue, jobs: int, wait: float = 2.0) -> set[str]:
                 if not queue.survey()[name].wanted:  # somebody finished it between our look and our claim
                     claim.unlink()
                     continue
+                for needed in queue.units[name].needs:
+                    queue.restore(needed)
                 mine = [cores[i % len(cores)] for i in range(free[0] * share, (free[0] + 1) * share)]
                 try:
                     at_work[free[0]] = Job(queue, queue.units[name], claim, mine)
@@ -674,7 +695,7 @@ class Args:
     list: bool = False
     """Show every unit, its state and its hours, and do nothing."""
     ship: str = ""
-    """Copy the weights of finished units whose name fits this pattern to weights/<preset>/, and do nothing else."""
+    """Copy the weights of the units whose name fits this pattern, which must be finished, to weights/<preset>/."""
 
 
 def main() -> None:
@@ -695,7 +716,10 @@ def main() -> None:
         print(listing(queue))
         return
     if args.ship:
-        for name in fnmatch.filter(queue.units, args.ship):
+        names = fnmatch.filter(queue.units, args.ship)
+        if not names:
+            raise InputError(f"--ship {args.ship!r} fits none of {', '.join(queue.units)}")
+        for name in names:
             queue.ship(name)
         return
     status = queue.survey()

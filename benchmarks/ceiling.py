@@ -3,7 +3,7 @@
     python benchmarks/ceiling.py                                # 10 demonstrations of each task, 2 minutes of a core
     python benchmarks/ceiling.py --demonstrations 100 --noise 0.005
 
-Of each task an MLP of its own learns the first action of the expert from the poses of the tool and of every thing; of
+Of each task an MLP of its own learns the expert's next command from the poses of the tool and of every thing; of
 pick_cup, the cup that is asked for comes first. It meets the placements of seed 0, as whoever tunes. So it says what
 the demonstrations are worth by themselves, without anything learned before: a policy that must find things first has a
 harder time, and one that brings movements along from elsewhere an easier one. `noise` stands for eyes that err: each
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+from common import InputError
 from franka import TASKS, SimFranka, demonstrate, run_trial
 
 WIDTH = 256  # of the two hidden layers
@@ -109,13 +110,18 @@ def collect(told: Told, args: Args) -> tuple[np.ndarray, np.ndarray]:
         seen.append(told.features())
         return observe()
 
-    for trial in range(args.demonstrations):
+    for trial in range(3 * args.demonstrations):  # as the recorder: what fails does not count
         start = len(seen)
         robot.observe = look
         episode, _ = demonstrate(robot, trial, 1, args.disturb)
         robot.observe = observe
         del seen[start + (len(episode["action"]) if episode else 0) :]
         done += [episode["action"]] if episode else []
+        if len(done) == args.demonstrations:
+            break
+    else:
+        raise InputError(f"{robot.task.name}: {len(done)} of {3 * args.demonstrations} attempts succeed with --disturb "
+                         f"{args.disturb:g}: choose less")  # fmt: skip
     return np.stack(seen), np.concatenate(done).astype(np.float32)
 
 

@@ -53,6 +53,7 @@ from data.families import FAMILIES
 from data.lerobot import Clip, LeRobotWriter
 from data.scenes import Crowded, Scene
 from franka import (
+    EXPERTS,
     HZ,
     Cameras,
     Command,
@@ -228,7 +229,8 @@ def record(args: Args) -> None:
     if args.image_size % 2:
         raise InputError(f"--image-size {args.image_size}: must be even (h264 halves the colours)")
     play("gripper", "lift", (0,), args.image_size)  # a missing GL library is said here, not by a worker
-    out, settings = Path(args.out), {"seed": args.seed, "image_size": args.image_size, "disturb": args.disturb}
+    out = Path(args.out)
+    settings = {"experts": EXPERTS, "seed": args.seed, "image_size": args.image_size, "disturb": args.disturb}
     kept, dropped, spent, ticks = Counter(), defaultdict(Counter), Counter(), Counter()
     with contextlib.ExitStack() as stack:
         writers = {}

@@ -200,6 +200,25 @@ def test_until_the_grasp_an_expert_that_begins_anew_does_the_same(robots, task):
     assert 3 < far < tick < 55
 
 
+def test_a_descent_is_a_funnel():
+    """High while it is beside, down where it is above, up again where it was pushed low and aside."""
+
+    class Tool:
+        def pose(self):
+            return np.array(self.at), np.array(DOWN)
+
+    def command(*at):
+        tool = Tool()
+        tool.at = at
+        return next(franka.descend(tool, (0, 0, 0), DOWN, OPEN, ("far", "near"), 0.1, speed=0.5), None)
+
+    far, beside, above, low = command(0.2, 0, 0.1), command(0.01, 0, 0.1), command(0, 0, 0.1), command(0.015, 0, 0.01)
+    assert far.phase == "far" and far.free and abs(far.position[2] - 0.1) < 1e-9 and far.position[0] < 0.2
+    assert beside.phase == "near" and not beside.free and 0.03 < beside.position[2] < 0.1 and beside.position[0] < 0.01
+    assert above.position[2] < beside.position[2] and low.position[2] > 0.01
+    assert command(0.001, 0, 0.002) is None
+
+
 def test_fingers_move_until_they_stand(robots):
     robot = robots["pick_cup"]
     robot.reset(0, 0)
@@ -210,6 +229,7 @@ def test_fingers_move_until_they_stand(robots):
             openings.append(robot.opening())
         assert abs(openings[-1] - gripper) < 0.05 and len(openings) < 16
     assert abs(openings[-1] - openings[-2]) < 0.01 < abs(openings[-2] - openings[-3])
+    assert len(list(franka.move_fingers(robot, franka.OPEN, ""))) == 3  # open already
 
 
 def test_the_brush_leaves_the_sauce_another_way(robots):

@@ -279,3 +279,12 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monk
     assert not list(tmp_path.iterdir())
     assert json.loads((corpus / "fr3/meta/play.json").read_text()) == {
         "seed": 0, "image_size": 32, "disturb": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ["fr3", "hands"])
+def test_nobody_waits_with_open_fingers(body):
+    """Fingers open until they stand, those of a hand that keeps some of them half closed, too."""
+    episode = next(e for n in range(9) for e, _ in [play.play(body, "place_on", (n,), 32, ("primary",))] if e)
+    waits = [episode["subtasks"].count(phase) for phase in ("open the fingers", *{
+        phase for phase in episode["subtasks"] if phase.startswith("grip ")})]  # fmt: skip
+    assert len(waits) == 2 and all(1 < n < 9 for n in waits)

@@ -220,6 +220,8 @@ def test_scenes_come_again_with_other_questions():
     assert not torch.equal(images[0], images[1])
     asked = [batch["input_ids"].tolist() for batch in batches]
     assert asked[0] != asked[2]
+    fresh = [pretrain.draw(0, step, replace(args, pool=0), 64, tokenizer, model.config)[0] for step in (0, 2)]
+    assert torch.equal(fresh[0], images[0]) and not torch.equal(fresh[1], images[0])
 
 
 def test_learns_where_a_scene_of_things_is():

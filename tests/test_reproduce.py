@@ -74,6 +74,15 @@ def starts(queue: Queue) -> dict[str, int]:
     return {n: len(f.read_text()) for n in queue.units if (f := queue.work / n / "starts").exists()}
 
 
+def model(at: Path, scale: float = 1) -> None:
+    """What a stage leaves, in small: weights, and what only training needs."""
+    at.mkdir(parents=True, exist_ok=True)
+    common.write_json(at / "meta.json", {"stage": "lam", "step": 1})
+    for name in ("model", "optimizer"):
+        tensors = {"x": scale * torch.tensor([[1 / 3, 1e-3]]), "n": torch.tensor(7), "centre": torch.tensor([1 / 3])}
+        save_file(tensors, at / f"{name}.safetensors")
+
+
 def results(queue: Queue) -> dict[str, dict]:
     return {p.stem: json.loads(p.read_text()) for p in sorted(queue.results.glob("*.json"))}
 
@@ -318,14 +327,17 @@ def test_results_without_the_work(make):
 def test_shipped_weights_are_taken_where_the_work_is_missing(make, capsys):
     queue = make(a="--steps 1", b="--init {a} --steps 1")
     queue.shipped = queue.work.parent / "weights"
-    with pytest.raises(InputError, match="a is not finished"):
+    with pytest.raises(InputError, match="a: no finished weights"):
         queue.ship("a")
     assert not run(queue)
+    with pytest.raises(InputError, match="a: no finished weights"):  # as of play
+        queue.ship("a")
+    model(queue.work / "a" / "hf")
     (queue.work / "a" / "steps").write_text("mark")
     queue.ship("a")
     shutil.rmtree(queue.work)
     queue.work.mkdir()
-    assert not queue.survey()["a"].present  # nothing needs it
+    assert queue.survey()["a"].present and not list(queue.work.iterdir())  # nothing needs it yet
     (queue.results / "b.json").unlink()
     assert not run(queue) and starts(queue) == {"a": 1, "b": 1}
     assert (queue.work / "a" / "steps").read_text() == "mark" and "a: taken from" in capsys.readouterr().out
@@ -343,27 +355,81 @@ def test_shipped_weights_are_taken_where_the_work_is_missing(make, capsys):
         assert not run(queue) and (queue.work / "a" / "steps").read_text() != "mark"
         common.write_json(queue.shipped / "a.json", shipped)
         assert not list(queue.work.glob("*.partial"))
+    model(queue.work / "a" / "hf")
     with pytest.raises(InputError, match="is of another run"):
         queue.ship("a")
+    (queue.results / "a.json").unlink()  # as it says
+    queue.ship("a")
+
+
+def test_a_kill_while_weights_are_shipped_or_restored(make, monkeypatch):
+    queue = make(a="--steps 1", b="--init {a} --steps 1")
+    queue.shipped = queue.work.parent / "weights"
+    assert not run(queue)
+    model(queue.work / "a" / "hf")
+    queue.ship("a")
+    whole = common.write_json
+
+    def killed(path, value):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        queue.ship("a")
+    assert not queue.shipped_weights("a")
+    monkeypatch.setattr(common, "write_json", whole)
+    queue.ship("a")
+    shutil.rmtree(queue.work / "a")
+    (queue.work / "a.json").unlink()
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        queue.restore("a")
+    monkeypatch.undo()
+    assert not list(queue.work.glob("*.partial")) and queue.survey()["a"].present
+    queue.restore("a")
+    assert starts(queue) == {"a": 1, "b": 1}
+
+
+def test_a_finished_unit_is_made_small(make):
+    """By the queue itself: what the next unit starts from is what is shipped."""
+    queue = make(a="--steps 1")
+    model(queue.work / "a" / "hf")
+    model(queue.work / "a" / "checkpoints" / "step_00000001")
+    half = {"unit": "a", "stage": "stage", "args": queue.args(queue.units["a"]), "own": [], "needs": {}, "inputs": {},
+            "fingerprint": "x", "begun": "now", "commit": "", "hardware": "", "seconds": 0.0, "finished": False}
+    common.write_json(queue.work / "a.json", half)  # what is there is of a half-finished run of the same arguments
+    assert not run(queue)
+    assert not list((queue.work / "a" / "checkpoints").iterdir())
+    assert common.read_tensors(queue.work / "a" / "hf" / "model.safetensors")["x"].dtype == torch.float16
+
+
+def test_data_of_earlier_experts_are_made_anew(monkeypatch):
+    queue = Queue(reproduce.plan("small"), Path("w"), Path("r"))
+    for name in ("play", "demos"):
+        args = queue.args(queue.units[name])
+        monkeypatch.setattr(reproduce.franka, "EXPERTS", 10_000)
+        assert queue.args(queue.units[name]) == args | {"experts": 10_000} != args
+        monkeypatch.undo()
+        then = {"args": {k: v for k, v in args.items() if k != "experts"}, "needs": {}}
+        assert "experts" in queue.difference(queue.units[name], then, {})
 
 
 def test_what_stays_of_a_finished_unit(tmp_path):
     """The last weights, rounded as they are shipped, and nothing that only training needs."""
-    whole = torch.tensor([1 / 3, 1e-3])
     for step in (1, 2):
-        at = tmp_path / f"checkpoints/step_0000000{step}"
-        at.mkdir(parents=True)
-        common.write_json(at / "meta.json", {"stage": "lam", "step": step})
-        for name in ("model", "optimizer"):
-            save_file({"x": whole * step, "n": torch.tensor(7)}, at / f"{name}.safetensors")
+        model(tmp_path / f"checkpoints/step_0000000{step}", step)
     kept = reproduce.halve(tmp_path)
     reproduce.clear(tmp_path, kept)
     assert kept == [tmp_path / "checkpoints/step_00000002"] == list((tmp_path / "checkpoints").iterdir())
     assert {p.name for p in kept[0].iterdir()} == {"meta.json", "model.safetensors"}
     found = common.read_tensors(kept[0] / "model.safetensors")
-    assert torch.equal(found["x"], (whole * 2).half()) and found["n"] == 7
+    assert torch.equal(found["x"], torch.tensor([[2 / 3, 2e-3]]).half()) and found["n"] == 7
+    assert found["centre"].dtype == torch.float32  # a normaliser's
     reproduce.halve(tmp_path)  # once more, after a kill
     assert torch.equal(common.read_tensors(kept[0] / "model.safetensors")["x"], found["x"])
+    model(kept[0], 1e9)
+    with pytest.raises(InputError, match="too large for float16"):
+        reproduce.halve(tmp_path)
 
 
 def test_a_full_disk(make, monkeypatch):
