@@ -1096,9 +1096,13 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str) -> N
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | Optimizers, checkpoint: Path) -> None:
-    """Restores the moments by parameter name, into a sharded or an unsharded model."""
+    """Restores the moments by parameter name, into a sharded or an unsharded model. Raises InputError where there are
+    none."""
     from torch.distributed.checkpoint import state_dict as sd
 
+    if not (checkpoint / "optimizer.safetensors").exists():
+        raise InputError(f"{checkpoint} has no optimizer.safetensors: what reproduce.py has finished keeps none, and "
+                         f"cannot be trained further; choose another --out")  # fmt: skip
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in read_tensors(checkpoint / "optimizer.safetensors").items():
         name, _, moment = key.rpartition("|")

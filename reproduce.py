@@ -654,8 +654,9 @@ def hours(seconds: float) -> str:
 
 def estimate(queue: Queue, unit: Unit) -> float:
     """Seconds that a unit takes: by those of its stage that are measured, else by SECONDS; in proportion to steps."""
-    steps = queue.args(unit).get("steps", 1)
-    records = [r for p in queue.results.glob("*.json") if (r := load(p)) and r["stage"] == unit.stage]
+    args = queue.args(unit)
+    steps, alike = args.get("steps", 1), lambda r: r["args"].get("sight") == args.get("sight")  # which is fast alone
+    records = [r for p in queue.results.glob("*.json") if (r := load(p)) and r["stage"] == unit.stage and alike(r)]
     rates = [r["seconds"] / r["args"].get("steps", 1) for r in records]
     return steps * (sum(rates) / len(rates) if rates else SECONDS.get(unit.stage, 60))
 

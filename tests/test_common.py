@@ -513,6 +513,15 @@ def test_a_run_without_its_arguments_is_not_taken_over(tmp_path, process, tokeni
         common.open_run(str(tmp_path), Args(), process, resume=True)
 
 
+def test_what_was_made_small_cannot_be_trained_further(tmp_path, process, tokenizer):
+    model, optimizer = make_layers()
+    save(tmp_path, 1, model, optimizer, process, tokenizer)
+    found = common.find_checkpoint(tmp_path, "lam")
+    (found / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match="has no optimizer.*choose another --out"):
+        common.load_optimizer(model, optimizer, found)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "meta.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path, process, tokenizer, name):
     model, optimizer = make_model()
