@@ -13,7 +13,7 @@ from rendered still scenes (`data.stills`), in PaliGemma's own words:
 Then `lam.py --encoder runs/small/pretrain/internvl-small/hf` and `distill.py --student .../paligemma-small/hf` start
 from there as from a downloaded model. It is no part of LatBot, and every method that we compare gets it alike.
 
-Reads nothing: scenes are drawn as they are needed, and kept in memory. Writes runs/<preset>/pretrain/<model>/:
+Reads nothing: scenes are drawn as they are needed (--pool keeps them). Writes runs/<preset>/pretrain/<model>/:
 args.json, metrics.jsonl, checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
 
 All of it is our choice:
