@@ -25,8 +25,9 @@ Where we depart from the paper, or fill in what it does not say:
    even seeds (0), demonstrations odd ones (1), never shared.
 4. Demonstrations contain disturbances: for some ticks the executed target is pushed off, while the recorded action
    stays the expert's. The policy sees how to come back.
-5. Scripted experts do what a policy without memory can follow: what comes next shows in poses and fingers, hardly
-   in how long something lasted, and a way back along itself has other fingers. `benchmarks/ceiling.py` measures what that is worth.
+5. Scripted experts do what a policy without memory can follow: what comes next shows in poses and fingers, hardly in
+   how long something lasted, and a way back along itself has other fingers. `benchmarks/ceiling.py` measures what that
+   is worth.
 """
 
 import atexit
