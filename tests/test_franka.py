@@ -413,8 +413,9 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
     args = Args(task="all", record=3, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True)
     kept = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
     for other in ({"seed": 3}, {"disturb": 4}, {"look": "mesh"}, {"variation": True}):
-        with pytest.raises(InputError, match="was recorded with {'seed': 1, 'disturb': 1.0, .*choose another --out"):
+        with pytest.raises(InputError, match="was recorded with {.*'seed': 1, 'disturb': 1.0, .*choose another --out"):
             franka.record(replace(args, **other))
+    assert json.loads((tmp_path / "d/meta/record.json").read_text())["experts"] == franka.EXPERTS
     (tmp_path / "d/meta/record.json").unlink()  # as of an earlier commit
     for other in ({"task": "pot_oven", "record": 11}, {"disturb": 4}):
         with pytest.raises(InputError, match="another --task, --seed or --disturb"):

@@ -19,7 +19,7 @@ from data.lerobot import LeRobotReader
 from data.play import CORPORA, Args
 from data.scenes import Scene
 from data.windows import View, Windows
-from franka import OPEN, Oven, Task, hold
+from franka import EXPERTS, OPEN, Oven, Task, hold
 
 PAIRS = [(body, name) for name, family in FAMILIES.items() for body in family.bodies]
 EACH = [(family.bodies[k % len(family.bodies)], name) for k, (name, family) in enumerate(FAMILIES.items())]
@@ -278,7 +278,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(corpus, tmp_path, monk
     assert before == {path: path.stat().st_mtime_ns for path in corpus.rglob("*")}
     assert not list(tmp_path.iterdir())
     assert json.loads((corpus / "fr3/meta/play.json").read_text()) == {
-        "seed": 0, "image_size": 32, "disturb": 2}  # fmt: skip
+        "experts": EXPERTS, "seed": 0, "image_size": 32, "disturb": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("body", ["fr3", "hands"])
