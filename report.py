@@ -288,7 +288,8 @@ def draw(records: dict[str, dict], folder: Path) -> list[Path]:
                         label=f"paper: {'pi0.5' if method == 'none' else 'LatBot'}")  # fmt: skip
         ax.set(title=task, ylim=(-0.03, 1.03), xlabel="demonstrations of each task" if i > 2 else "",
                ylabel="success rate" if i % 3 == 0 else "")  # fmt: skip
-    axes.flat[0].legend(fontsize=8)
+    if axes.flat[0].has_data():
+        axes.flat[0].legend(fontsize=8)
     made.append(save(fig, folder / "demonstrations.png"))
 
     curves = {n: r for n, r in records.items() if r.get("curve")}
