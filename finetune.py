@@ -678,6 +678,8 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))  # the same of all
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread()
+    if not args.student_lr:
+        model.student.requires_grad_(False)  # nor are its gradients computed
     distill.check_instructions(windows)
     model.student.prompts([windows.longest_instruction()], len(args.cameras))  # too long: rather said now than later
     start, tally = 0, {"bad": 0, "skipped": 0}

@@ -803,8 +803,10 @@ def test_the_expert_of_a_policy(data, overfitted, tmp_path):
         finetune.build(run_args("", "", **like | {"expert": str(run)}))
 
 
-def test_a_student_that_stands_still(data, tmp_path):
-    """At a share of 0 of the learning rates, while the expert learns."""
+def test_a_student_that_stands_still(data, tmp_path, monkeypatch):
+    """At a share of 0 of the learning rates, while the expert learns; no gradients of its are computed."""
+    make, trained = common.Optimizers, []
+    monkeypatch.setattr(common, "Optimizers", lambda model, *rest: make(trained.append(model) or model, *rest))
     args = run_args(data, tmp_path / "run", steps=1, save_every=1, student_lr=0.0, muon=1e-2)
     torch.manual_seed(0)
     old = finetune.build(args).named_parameters()
@@ -813,6 +815,7 @@ def test_a_student_that_stands_still(data, tmp_path):
     new = dict(finetune.load_policy(tmp_path / "run").model.named_parameters())
     for name, p in old:
         assert torch.equal(p, new[name]) == name.startswith("student."), name
+    assert {n.startswith("student.") for n, p in trained[0].named_parameters() if p.requires_grad} == {False}
 
 
 def test_wrong_checkpoints(tmp_path):
