@@ -28,6 +28,8 @@ Where we depart from the paper, or fill in what it does not say:
 5. Scripted experts do what a policy without memory can follow: what comes next shows in poses and fingers, hardly in
    how long something lasted, and a way back along itself has other fingers. `benchmarks/ceiling.py` measures what that
    is worth.
+6. Instructions name colours, where the paper's do not ("the building block into the corresponding slot"): a small model
+   that has never read of a slot knows it better by its colour (results/LOG.md).
 """
 
 import atexit
@@ -713,7 +715,7 @@ class Task:
     limit = 10.0  # s
     watch = False  # whether contacts are collected at every physics step, in sim.touched
     camera = ((1.0, -0.4, 0.5), (0.46, 0.0, 0.11))  # primary camera: where it stands, where it looks
-    instruction = ""
+    instruction = ""  # PickCup's has a place for the colour
 
     def build(self, world, spec) -> None: ...
 
@@ -735,7 +737,7 @@ class Task:
 class PickCup(Task):
     """Task 1, colour discrimination: a red and a blue cup, one of them named in the instruction."""
 
-    name, limit = "pick_cup", 10.0
+    name, limit, instruction = "pick_cup", 10.0, "pick up the {} cup"
     colours = {"red": (0.85, 0.1, 0.1, 1), "blue": (0.1, 0.25, 0.85, 1)}
 
     def build(self, world, spec):
@@ -746,7 +748,7 @@ class PickCup(Task):
 
     def place(self, sim, rng):
         self.target, self.other = ("red", "blue") if rng.random() < 0.5 else ("blue", "red")
-        self.instruction = f"pick up the {self.target} cup"
+        self.instruction = type(self).instruction.format(self.target)
         while True:
             xy = rng.uniform((0.4, -0.2), (0.62, 0.2), (2, 2))
             if np.linalg.norm(xy[0] - xy[1]) > 0.13:
@@ -776,7 +778,7 @@ class BlockSlot(Task):
     """Task 2: a block into the slot of its shape, 4 mm wider on each side."""
 
     name, limit = "block_slot", 16.0
-    instruction = "put the block into the slot"
+    instruction = "put the yellow block into the green slot"
     half = np.array([0.025, 0.017, 0.03])  # m; the gripper closes along y
     gap, wall, height = 0.004, 0.015, 0.03
 
@@ -893,7 +895,7 @@ class DipBrush(Task):
     """Task 4: the brush is picked up by its thin handle and dipped into the sauce without pushing the bowl away."""
 
     name, limit = "dip_brush", 16.0
-    instruction = "dip the brush in the sauce"
+    instruction = "dip the yellow brush in the red sauce"
     tip, grip, radius = 0.1, -0.05, 0.05  # m from the handle's centre to tip and grip; inner radius of the bowl
 
     def build(self, world, spec):
@@ -951,7 +953,7 @@ class PotOven(Oven):
     with the robot fails, at whatever moment: a predicate on the final state alone let the hand run into it."""
 
     name, limit, watch = "pot_oven", 20.0, True
-    instruction = "put the pot in the oven"
+    instruction = "put the red pot in the oven"
     radius, half, grip, handle = 0.055, 0.028, 0.155, 0.018  # m: radius, half height, and the handle along -x and up
 
     def build(self, world, spec):
@@ -995,6 +997,7 @@ class PotOven(Oven):
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (PickCup, BlockSlot, CloseOven, DipBrush, PotOven)}
+INSTRUCTIONS = {name: task.instruction for name, task in TASKS.items()}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Policies
@@ -1310,8 +1313,8 @@ def record(args: Args) -> dict[str, float]:
     writer = LeRobotWriter(args.out, fps=HZ, cameras=cameras, resume=args.resume)
     skip, total = writer.num_episodes, args.record * len(tasks)
     path = Path(args.out) / "meta/record.json"
-    settings = {"experts": EXPERTS, "seed": seed, "disturb": args.disturb, "look": args.look,
-                "variation": args.variation}  # fmt: skip
+    settings = {"experts": EXPERTS, "instructions": {task: INSTRUCTIONS[task] for task in tasks}, "seed": seed,
+                "disturb": args.disturb, "look": args.look, "variation": args.variation}  # fmt: skip
     if not skip:
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(path, settings)

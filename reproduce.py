@@ -272,6 +272,8 @@ class Queue:
         args = known.get(preset, {}) | {k: v for k, v in flags.items() if k != preset or not known}
         if unit.stage in ("record", "play"):
             args["experts"] = franka.EXPERTS
+        if unit.stage == "record":
+            args["instructions"] = franka.INSTRUCTIONS
         return {k: v for k, v in args.items() if k not in FREE}
 
     def difference(self, unit: Unit, record: dict[str, Any], known: dict[str, Status]) -> str:

@@ -403,7 +403,7 @@ def test_a_finished_unit_is_made_small(make):
     assert common.read_tensors(queue.work / "a" / "hf" / "model.safetensors")["x"].dtype == torch.float16
 
 
-def test_data_of_earlier_experts_are_made_anew(monkeypatch):
+def test_data_of_earlier_experts_or_instructions_are_made_anew(monkeypatch):
     queue = Queue(reproduce.plan("small"), Path("w"), Path("r"))
     for name in ("play", "demos"):
         args = queue.args(queue.units[name])
@@ -412,6 +412,10 @@ def test_data_of_earlier_experts_are_made_anew(monkeypatch):
         monkeypatch.undo()
         then = {"args": {k: v for k, v in args.items() if k != "experts"}, "needs": {}}
         assert "experts" in queue.difference(queue.units[name], then, {})
+    args = queue.args(queue.units["demos"])
+    then = {"args": args | {"instructions": args["instructions"] | {"close_oven": "shut it"}}, "needs": {}}
+    assert queue.difference(queue.units["demos"], {"args": args, "needs": {}}, {}) == ""
+    assert "shut it" in queue.difference(queue.units["demos"], then, {})
 
 
 def test_what_stays_of_a_finished_unit(tmp_path):
