@@ -113,6 +113,8 @@ class Args:
     """Record that many successful demonstrations of each task instead of running trials (Sec. 4.4: 100 a task)."""
     disturb: float = 1.0
     """How hard demonstrations are disturbed: see `Disturbance`. 0 for perfect ones (our choice)."""
+    tilt: float = 0.0
+    """How hard disturbances of demonstrations tilt the tool, beside: see `Disturbance` (our choice)."""
     workers: int = 2
     """Processes that simulate and render while recording; the data set does not depend on it (our choice)."""
     out: str = "runs/paper/franka"
@@ -1232,10 +1234,11 @@ class Disturbance:
     pushed off; what is recorded is what the expert wanted, so the data show the way back.
 
     strength: a push is up to this times 1 cm along each axis and 0.05 rad around the vertical one, each tick; its
-    square times 5 % is the chance that one begins in a tick (our choice)."""
+    square times 5 % is the chance that one begins in a tick. tilt: up to this times 0.05 rad around each horizontal
+    axis, too (our choice)."""
 
-    def __init__(self, rng: np.random.Generator, strength: float = 1.0):
-        self.rng, self.strength, self.left, self.now = rng, strength, 0, np.zeros(6)
+    def __init__(self, rng: np.random.Generator, strength: float = 1.0, tilt: float = 0.0):
+        self.rng, self.strength, self.tilt, self.left, self.now = rng, strength, tilt, 0, np.zeros(6)
 
     def push(self, free: bool) -> np.ndarray:
         """What is added to this tick's move (6,); to be called once a tick."""
@@ -1243,18 +1246,22 @@ class Disturbance:
             self.left = int(self.rng.integers(2, 5))
             size = self.rng.uniform(-0.01, 0.01, 3), [0, 0, self.rng.uniform(-0.05, 0.05)]
             self.now = self.strength * np.concatenate(size)
+            if self.tilt:
+                self.now[3:5] = self.tilt * self.rng.uniform(-0.05, 0.05, 2)
         pushed = self.left > 0 and free
         self.left = max(0, self.left - 1)
         return self.now if pushed else np.zeros(6)
 
 
-def demonstrate(robot: SimFranka, trial: int, seed: int, disturb: float = 1.0) -> tuple[dict | None, str]:
+def demonstrate(
+    robot: SimFranka, trial: int, seed: int, disturb: float = 1.0, tilt: float = 0.0
+) -> tuple[dict | None, str]:
     """One demonstration. Returns the arguments of LeRobotWriter.add_episode, or None and the reason of failure. With
-    rendering off, `frames` is empty and everything else the same. disturb: strength of the disturbances."""
+    rendering off, `frames` is empty and everything else the same. disturb, tilt: see `Disturbance`."""
     observation, expert, task = robot.reset(trial, seed), ExpertPolicy(), robot.task
     expert.reset(robot)
     entropy = [seed, list(TASKS).index(task.name), trial]
-    disturbance = Disturbance(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,))), disturb)
+    disturbance = Disturbance(np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=(2,))), disturb, tilt)
     frames: dict[str, list] = {camera: [] for camera in observation.images}
     actions, states, phases, done, reason = [], [], [], None, ""
     while done is None and robot.seconds < task.limit - 1e-6:
@@ -1289,12 +1296,12 @@ def begin_work() -> None:
 
 
 def _work(
-    task: str, image_size: int, look: str, variation: bool, trial: int, seed: int, disturb: float
+    task: str, image_size: int, look: str, variation: bool, trial: int, seed: int, disturb: float, tilt: float
 ) -> tuple[dict | None, str]:  # fmt: skip
     key = (task, image_size, look, variation)
     if key not in _robots:
         _robots[key] = SimFranka(*key)
-    return demonstrate(_robots[key], trial, seed, disturb)
+    return demonstrate(_robots[key], trial, seed, disturb, tilt)
 
 
 def record(args: Args) -> dict[str, float]:
@@ -1314,7 +1321,7 @@ def record(args: Args) -> dict[str, float]:
     skip, total = writer.num_episodes, args.record * len(tasks)
     path = Path(args.out) / "meta/record.json"
     settings = {"experts": EXPERTS, "instructions": {task: INSTRUCTIONS[task] for task in tasks}, "seed": seed,
-                "disturb": args.disturb, "look": args.look, "variation": args.variation}  # fmt: skip
+                "disturb": args.disturb, "tilt": args.tilt, "look": args.look, "variation": args.variation}  # fmt: skip
     if not skip:
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(path, settings)
@@ -1334,7 +1341,8 @@ def record(args: Args) -> dict[str, float]:
             while len(queue) < min(ahead, args.record - made):
                 on_disk = (made + len(queue)) * len(tasks) + tasks.index(task) < skip
                 size = 0 if on_disk else pixels
-                queue.append(pool.submit(_work, task, size, args.look, args.variation, trial, seed, args.disturb))
+                how = trial, seed, args.disturb, args.tilt
+                queue.append(pool.submit(_work, task, size, args.look, args.variation, *how))
                 trial += 1
             episode, reason = queue.popleft().result()
             if episode is None:
@@ -1354,7 +1362,7 @@ def record(args: Args) -> dict[str, float]:
                 if i >= skip:
                     writer.add_episode(**episode)
                 elif (writer.episodes[i]["tasks"], writer.episodes[i]["length"]) != ([episode["task"]], n):
-                    other = "another --task, --seed or --disturb"
+                    other = "another --task, --seed, --disturb or --tilt"
                     raise InputError(f"{args.out} was recorded with {other}: choose another --out")
                 frames += n
                 bar.update()
@@ -1380,7 +1388,7 @@ def record(args: Args) -> dict[str, float]:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, execute=0, trials=1, first_trial=0, seed=0, seconds=0, record=0, disturb=0, workers=1,
+    common.at_least(args, execute=0, trials=1, first_trial=0, seed=0, seconds=0, record=0, disturb=0, tilt=0, workers=1,
                     record_size=16, image_size=16 * bool(args.image_size))  # fmt: skip
     if args.task not in TASKS and not (args.task == "all" and args.record):
         raise InputError(f"unknown task {args.task!r}: choose one of {', '.join(TASKS)}, or with --record also all")

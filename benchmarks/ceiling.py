@@ -36,6 +36,8 @@ class Args:
     """Of each task, the first of seed 1."""
     disturb: float = 2.5
     """How hard they are disturbed: see `franka.Disturbance`."""
+    tilt: float = 0.0
+    """How hard disturbances tilt the tool, beside."""
     noise: float = 0.0
     """Standard deviation (m) of each coordinate of each thing, while learning and while acting."""
     steps: int = 2000
@@ -113,7 +115,7 @@ def collect(told: Told, args: Args) -> tuple[np.ndarray, np.ndarray]:
     for trial in range(3 * args.demonstrations):  # as the recorder: what fails does not count
         start = len(seen)
         robot.observe = look
-        episode, _ = demonstrate(robot, trial, 1, args.disturb)
+        episode, _ = demonstrate(robot, trial, 1, args.disturb, args.tilt)
         robot.observe = observe
         del seen[start + (len(episode["action"]) if episode else 0) :]
         done += [episode["action"]] if episode else []
@@ -121,13 +123,13 @@ def collect(told: Told, args: Args) -> tuple[np.ndarray, np.ndarray]:
             break
     else:
         raise InputError(f"{robot.task.name}: {len(done)} of {3 * args.demonstrations} attempts succeed with --disturb "
-                         f"{args.disturb:g}: choose less")  # fmt: skip
+                         f"{args.disturb:g} --tilt {args.tilt:g}: choose less")  # fmt: skip
     return np.stack(seen), np.concatenate(done).astype(np.float32)
 
 
 def main() -> None:
     args = common.parse_args(Args, {}, __doc__)
-    common.at_least(args, demonstrations=1, disturb=0, noise=0, steps=1, trials=1, seed=0)
+    common.at_least(args, demonstrations=1, disturb=0, tilt=0, noise=0, steps=1, trials=1, seed=0)
     rows = []
     print(f"{'task':12s} {'ticks':>6s} {'loss':>6s} {'successes':>9s}")
     for task in TASKS:

@@ -397,7 +397,7 @@ def test_recorded_actions_integrate_to_the_recorded_states(demos):
     assert np.mean(errors < 5e-3) > 0.85  # the rest: disturbances, and the push against the door
 
 
-def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_path, capsys):
+def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_path, capsys, monkeypatch):
     args = Args(task="all", record=1, image_size=64, out=str(tmp_path / "d"), workers=1)
     franka.record(args)
     with pytest.raises(InputError, match="--resume"):
@@ -412,13 +412,17 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
     assert "failed and were left out" in capsys.readouterr().out
     args = Args(task="all", record=3, image_size=64, out=str(tmp_path / "d"), workers=1, resume=True)
     kept = {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
-    for other in ({"seed": 3}, {"disturb": 4}, {"look": "mesh"}, {"variation": True}):
+    for other in ({"seed": 3}, {"disturb": 4}, {"tilt": 1}, {"look": "mesh"}, {"variation": True}):
         with pytest.raises(InputError, match="was recorded with {.*'seed': 1, 'disturb': 1.0, .*choose another --out"):
             franka.record(replace(args, **other))
     assert json.loads((tmp_path / "d/meta/record.json").read_text())["experts"] == franka.EXPERTS
+    demos_now = franka.INSTRUCTIONS | {"close_oven": "shut it"}
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="was recorded with .*choose another --out"):
+        patch.setattr(franka, "INSTRUCTIONS", demos_now)
+        franka.record(args)
     (tmp_path / "d/meta/record.json").unlink()  # as of an earlier commit
     for other in ({"task": "pot_oven", "record": 11}, {"disturb": 4}):
-        with pytest.raises(InputError, match="another --task, --seed or --disturb"):
+        with pytest.raises(InputError, match="another --task, --seed, --disturb or --tilt"):
             franka.record(replace(args, **other))
     kept.pop(tmp_path / "d/meta/record.json")
     assert kept == {path: path.read_bytes() for path in (tmp_path / "d").rglob("*") if path.is_file()}
@@ -426,12 +430,13 @@ def test_recording_does_not_depend_on_workers_or_number_and_resumes(demos, tmp_p
 
 def test_the_strength_of_disturbances():
     """Chance and size of a push grow as they are said to; where the tool is not free, there is none."""
-    for strength in (0, 1, 2.5):
-        disturbance = franka.Disturbance(np.random.default_rng(0), strength)
+    for strength, tilt in ((0, 1), (1, 0), (2.5, 2)):
+        disturbance = franka.Disturbance(np.random.default_rng(0), strength, tilt)
         pushes = np.stack([disturbance.push(True) for _ in range(20_000)])
         share, chance = pushes.any(1).mean(), 0.05 * strength**2
         assert share == pytest.approx(3 * chance / (1 + 2 * chance), rel=0.1)  # of 3 ticks each, in the mean
-        limit = strength * np.array([0.01, 0.01, 0.01, 0, 0, 0.05])
+        tilts = (strength > 0) * tilt * 0.05
+        limit = np.array([*3 * [0.01 * strength], tilts, tilts, 0.05 * strength])
         assert (abs(pushes) <= limit).all() and (abs(pushes).max(0) >= 0.95 * limit).all()
         assert not any(disturbance.push(False).any() for _ in range(200))
 
