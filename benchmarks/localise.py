@@ -2,6 +2,7 @@
 
     python benchmarks/localise.py                                            # the student's, a minute of a core
     python benchmarks/localise.py --vlm runs/small/pretrain/internvl-small/hf
+    python benchmarks/localise.py --vlm runs/small/distill                   # what distillation has left of it
 
 Each thing is asked for by itself ("detect red cup"); the answer's four places are taken as expected values, each with
 those before it as the model said them. Distances are between the centres of the found box and of the true one, medians:
@@ -30,6 +31,7 @@ import pretrain
 from benchmarks import plan
 from common import Process
 from data.stills import Still, look, stills
+from distill import load_student
 from franka import TASKS, SimFranka
 
 HEIGHT = 0.03  # m above the table, of the plane on which centimetres are measured
@@ -42,7 +44,7 @@ NAMES = {"red": "red cup", "blue": "blue cup", "block": "yellow block", "board":
 @dataclass
 class Args:
     vlm: str = "runs/small/pretrain/paligemma-small/hf"
-    """Folder of the model, as pretrain.py leaves it."""
+    """Folder of the model, as pretrain.py leaves it; or a run of distill.py."""
     scenes: int = 60
     """Scenes of stills, of six each."""
     trials: int = 20
@@ -51,6 +53,17 @@ class Args:
     """Seed of stills and trials."""
     json: str = ""
     """Write the table to this file, too."""
+
+
+def load(source: str) -> tuple[nn.Module, Any]:
+    """A vision-language model and its tokenizer; of a run of distill.py the student, whose language head is its
+    embedding."""
+    if not common.checkpoints(Path(source)) and not (Path(source) / "meta.json").exists():
+        return common.load_vlm(source)
+    student = load_student(source)[0]
+    model = nn.Module()
+    model.model, model.config, model.lm_head = student.vlm, student.config, student.logits
+    return model, student.tokenizer
 
 
 @torch.no_grad()
@@ -119,7 +132,7 @@ def main() -> None:
     common.at_least(args, scenes=1, trials=1, seed=0)
     plan.claim(args.json)
     process = common.setup(args.seed, cpu_bf16=True)
-    model, tokenizer = common.load_vlm(args.vlm)
+    model, tokenizer = load(args.vlm)
     model, size = model.to(process.device).eval(), model.config.vision_config.image_size
     size = size if isinstance(size, int) else size[0]
     print(f"{'':24s} {'camera':8s} {'things':>6s} {'pixels':>7s} {'cm':>6s} {'< 2 px':>7s}")

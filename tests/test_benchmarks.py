@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import common
+import distill
 from benchmarks import ceiling, localise, measure, policy_latency, train_step
 from common import InputError
 from data.stills import stills
@@ -171,3 +172,15 @@ def test_the_ceiling_is_reached_by_who_is_told_all():
         robot.reset(trial, 0)
         beside = told.features()[:3] / 8
         assert np.allclose(beside, robot.where(robot.task.target)[0] - robot.pose()[0], atol=1e-6)
+
+
+def test_a_student_finds_what_its_model_finds(monkeypatch):
+    """Asked through the tied head of a student that was not distilled yet."""
+    model, tokenizer = common.load_vlm("paligemma-tiny")
+    student = distill.Student(model, tokenizer, (2, 2), 8)
+    monkeypatch.setattr(localise, "load_student", lambda source: (student, None, None))
+    monkeypatch.setattr(common, "checkpoints", lambda run: [run])
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    want, got = (localise.detect(*m, images, ["red cup", "oven"], h.process())
+                 for m in ((model, tokenizer), localise.load("a/run")))  # fmt: skip
+    np.testing.assert_array_equal(want, got)
