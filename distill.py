@@ -104,6 +104,9 @@ class Args:
     """Peak learning rate. (Sec. 6.3)"""
     min_lr: float = 2.5e-6
     """Learning rate at the last step of the cosine. (Sec. 6.3)"""
+    vlm_lr: float = 1.0
+    """Learning rates of the vision-language model as a share of those of the latent queries and their map. Below 1
+    where it was pretrained and the rates are those of random weights. (our choice)"""
     warmup: int = 2000
     """Warm-up steps. (Sec. 6.3)"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -554,7 +557,7 @@ def train(args: Args, process: Process) -> None:
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(student, teacher, process)
-    optimizer = common.Optimizers(student, args)
+    optimizer = common.Optimizers(student, args, {"vlm.": args.vlm_lr})
     if kept:
         common.load_optimizer(student, optimizer, kept)
     log = common.MetricsLog(run, start, args.steps, process, "distill")
@@ -609,7 +612,7 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, lambda_r=0)
+    common.at_least(args, lambda_r=0, vlm_lr=0)
     if args.shuffle and args.batch < 2:
         raise InputError(f"--shuffle needs another sample in the micro-batch: --batch {args.batch} must be 2 or more")
 

@@ -375,6 +375,15 @@ def test_resume_is_exact(data, teacher_run, tmp_path, capsys):
         distill.train(replace(moved, resume=True), h.process())
 
 
+def test_the_model_may_learn_more_slowly_than_the_queries(data, teacher_run, tmp_path):
+    """At a share of 0 of the rates, Muon's and AdamW's, the pretrained part stays as it is."""
+    distill.train(run_args(data, teacher_run, tmp_path / "run", muon=1e-2, vlm_lr=0.0), h.process())
+    earlier, later = (common.read_tensors(tmp_path / f"run/checkpoints/step_0000000{step}/model.safetensors")
+                      for step in (2, 4))  # fmt: skip
+    for name, p in earlier.items():
+        assert torch.equal(p, later[name]) == name.startswith("vlm."), name
+
+
 def test_shuffle(data, teacher_run, tmp_path, monkeypatch):
     """The student is taught Z of the whole clip and the subtask's text, or with --shuffle other samples' Z and its own
     text; validation is as ever."""
