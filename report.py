@@ -270,23 +270,24 @@ def draw(records: dict[str, dict], folder: Path) -> list[Path]:
     numbers = sorted({k[1] for k in cells})
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
-        for method, colour in (("none", "tab:gray"), ("latbot", "tab:blue")):
+        for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
             points = []
-            for n in numbers:
+            for place, n in enumerate(numbers):
                 outcomes = cells.get((method, n, 0), {})
                 text = "".join(outcomes.values()) if i == 0 else outcomes.get(task, "")
                 if text and (i or len(outcomes) == len(TASKS)):
-                    points.append((n, text.count("1") / len(text), *wilson(text.count("1"), len(text))))
+                    points.append((place + aside, text.count("1") / len(text), *wilson(text.count("1"), len(text))))
             if points:
                 x, y, low, high = zip(*points, strict=True)
                 bars = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
                 ax.errorbar(x, y, bars, marker="o", capsize=4, color=colour, label=NAMES[method])
-            scores = {n: PAPER4[n, method] for n in numbers if (n, method) in PAPER4}
+            scores = {place + aside: PAPER4[n, method] for place, n in enumerate(numbers) if (n, method) in PAPER4}
             if scores:
                 at = [s[i - 1] if i else sum(s) / len(s) for s in scores.values()]
                 ax.plot(list(scores), [s / 100 for s in at], ":", marker="x", color=colour,
                         label=f"paper: {'pi0.5' if method == 'none' else 'LatBot'}")  # fmt: skip
-        ax.set(title=task, ylim=(-0.03, 1.03), xlabel="demonstrations of each task" if i > 2 else "",
+        ax.set(title=task, xlim=(-0.5, max(1, len(numbers)) - 0.5), xticks=range(len(numbers)), xticklabels=numbers,
+               ylim=(-0.03, 1.03), xlabel="demonstrations of each task" if i > 2 else "",
                ylabel="success rate" if i % 3 == 0 else "")  # fmt: skip
     if axes.flat[0].has_data():
         axes.flat[0].legend(fontsize=8)

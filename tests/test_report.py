@@ -125,6 +125,16 @@ def test_pages(folder, tmp_path):
         assert page.read_text() == text
 
 
-def test_figures(folder):
+def test_figures(folder, monkeypatch):
+    """Two files; and in the first, each number of demonstrations has its place, and no method lies upon another."""
+    figures, keep = [], report.save
+    monkeypatch.setattr(report, "save", lambda fig, path: figures.append(fig) or keep(fig, path))
     drawn = report.draw(report.load(folder)[0], folder)
     assert [p.name for p in drawn] == ["demonstrations.png", "curves.png"] and all(p.exists() for p in drawn)
+    numbers = [int(label.get_text()) for label in figures[0].axes[3].get_xticklabels()]
+    assert numbers == sorted({key[1] for key in report.gather(report.load(folder)[0])})
+    for ax in figures[0].axes:
+        assert ax.get_xticks().tolist() == [*range(len(numbers))]
+        places = [c.lines[0].get_xdata() for c in ax.containers]
+        assert len(places) == 2 and not {*places[0]} & {*places[1]}
+        assert all(abs(x - round(x)) < 0.1 and round(x) in range(len(numbers)) for xs in places for x in xs)
