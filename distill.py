@@ -54,6 +54,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -63,6 +64,7 @@ from tqdm import tqdm
 import common
 from common import InputError, Process
 from data import mixture
+from data.stills import ask, stills
 from data.windows import View, Windows, check_resume, collate, held_out_batches, stream, to_device
 from lam import LAM, count, load_lam
 
@@ -70,6 +72,7 @@ from lam import LAM, count, load_lam
 # D their width, S positions of subtask text.
 
 IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
+STILLS = 77_003  # added to the seed of the stills: not those that pretrain.py shows or measures
 
 
 @dataclass
@@ -92,6 +95,9 @@ class Args:
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
     more_cameras: tuple[str, ...] = ()
     """Cameras that the student sees beside the teacher's; masked in data sets that lack them. (our choice)"""
+    stills: int = 0
+    """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them: a part of L_r,
+    so that a student that began there keeps what it knew. 0: none. (our choice)"""
     shuffle: bool = False
     """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8
@@ -370,8 +376,13 @@ def distill_loss(
 
     student, teacher (B, N, D); logits (B, S, vocabulary); words (B, S), -100 where there is none."""
     align, parts = alignment_loss(student, teacher)  # L_a
-    text = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="sum") / n_words
+    text = nats(logits, words).sum() / n_words
     return align + lambda_r * text, parts | {"text": text.detach()}
+
+
+def nats(logits: Tensor, words: Tensor) -> Tensor:
+    """What each token costs, (B, S), 0 where there is none. logits (B, S, vocabulary); words (B, S), -100 for none."""
+    return F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), reduction="none").view_as(words)
 
 
 def another(index: Tensor, seed: int) -> Tensor:
@@ -392,9 +403,8 @@ def foresee(student: Student, teacher: LAM, batch: dict[str, Any]) -> dict[str, 
     z = torch.cat(teacher.encoder(batch["video"], batch["instruction"]), 1)
     images, seen = first_frames(batch)
     hat, logits, words = student(images, batch["instruction"], phases(batch), seen)
-    nats = F.cross_entropy(logits.float().flatten(0, 1), words.flatten(), ignore_index=-100, reduction="none")
-    nats, words = nats.view_as(words).sum(1), (words >= 0).sum(1).float()
-    return {"hat": hat.float(), "z": z.float(), "nats": nats, "words": words}
+    return {"hat": hat.float(), "z": z.float(), "nats": nats(logits, words).sum(1),
+            "words": (words >= 0).sum(1).float()}  # fmt: skip
 
 
 @torch.no_grad()
@@ -412,14 +422,14 @@ def validate(student: Student, teacher: LAM, windows: Windows, args: Args, proce
         zs.append(told["z"])
     student.train()
     hat, z = (process.cat(torch.cat(values))[: args.val_samples] for values in (hats, zs))
-    nats, n_words = process.sum(text).tolist()
+    cost, n_words = process.sum(text).tolist()
     _, parts = alignment_loss(hat, z)
     return {
         "val_mse": parts["mse"].item(), "val_kl": parts["kl"].item(),
         "val_mse_mean": F.mse_loss(z.mean(0, keepdim=True).expand_as(z), z).item(),
         "val_cosine": F.cosine_similarity(hat, z, dim=-1).mean().item(),
         "val_cosine_shuffled": F.cosine_similarity(hat, z.roll(1, 0), dim=-1).mean().item(),
-        "val_perplexity": math.exp(min(20.0, nats / max(1, n_words))),
+        "val_perplexity": math.exp(min(20.0, cost / max(1, n_words))),
     }  # fmt: skip
 
 
@@ -487,6 +497,15 @@ def check_texts(student: Student, windows: Windows) -> None:
 def phases(batch: dict[str, Any]) -> list[str]:
     """The texts that L_r is trained on: the subtask, or the instruction where a data set leaves it empty."""
     return [s if s.strip() else i for s, i in zip(batch["subtask"], batch["instruction"], strict=True)]
+
+
+def questions(args: Args, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
+    """Stills uint8 (B, 1, 3, H, H), a question about each and its answer: a function of (seed, number)."""
+    rng, scenes = np.random.default_rng([args.seed + STILLS, number]), range(args.stills)
+    shown = [s for k in scenes for s in stills(args.seed + STILLS, number * args.stills + k, student.image_size)]
+    asked, answers = zip(*(ask(still, rng, bool(rng.random() < 0.5)) for still in shown), strict=True)
+    images = torch.from_numpy(np.stack([still.image for still in shown])).to(student.queries.device)
+    return rearrange(images, "b h w c -> b 1 c h w"), list(asked), [f" {a}" for a in answers]  # as pretrain.py says it
 
 
 def check_teacher(taught: dict[str, dict], windows: Windows, lam: str) -> list[str]:
@@ -572,7 +591,9 @@ def train(args: Args, process: Process) -> None:
         waited = time.perf_counter() - began
         optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
-        words = sum(tokenized(tokenizer, phases(b)) for b in batches)
+        numbers = [(step * args.accumulate + k) * process.world + process.rank for k in range(args.accumulate)]
+        quizzes = [questions(args, number, student) for number in numbers if args.stills]
+        words = sum(tokenized(tokenizer, texts) for texts in [*map(phases, batches), *(q[2] for q in quizzes)])
         n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
         totals: dict[str, Tensor] = {}
         for batch in batches:
@@ -586,6 +607,12 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
+        for images, asked, answers in quizzes:
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                _, logits, target = student(images, asked, answers)
+                text = nats(logits, target).sum() / n_words
+            (args.lambda_r * text).backward()
+            totals["text"] = totals["text"] + text.detach()
         norm = update(sum(totals.values()))
         log.bar.update()
 
@@ -612,7 +639,7 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, lambda_r=0, vlm_lr=0)
+    common.at_least(args, lambda_r=0, vlm_lr=0, stills=0)
     if args.shuffle and args.batch < 2:
         raise InputError(f"--shuffle needs another sample in the micro-batch: --batch {args.batch} must be 2 or more")
 

@@ -48,15 +48,13 @@ from torch import Tensor, nn
 import common
 from common import InputError, Process
 from data.scenes import COLOURS
-from data.stills import NOUNS, Still, stills
+from data.stills import NOUNS, Still, ask, stills
 
 # Shapes: B stills, H x H pixels, L tokens, P places asked for.
 
 BLUR = 1.0  # standard deviation of a place's target, in places
 CLASSES = np.array([len(COLOURS) + 1, len(NOUNS) + 1])  # and none
 SHOWN = 0.08  # share of a patch that a thing must cover
-ASKED = 5  # things at most that a question names
-PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
 UNSEEN = 1_000_003  # added to the seed of the scenes that are measured
 
 
@@ -109,22 +107,6 @@ SMALL = Args(pool=10_000)
 # --------------------------------------------------------------------------------------------------------------------
 # Questions and answers
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
-    """A question about a still, and the answer."""
-    place = lambda box: "".join(map(common.loc, box))
-    if not still.things:
-        return ("detect gripper" if detect else "describe"), "nothing"
-    if detect:
-        nouns = [name.split()[-1] for name, _ in still.things]
-        brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
-        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in rng.permutation(len(nouns))]
-        asked = asked[: rng.integers(1, ASKED + 1)]
-        names = " ; ".join(name for name, _ in asked)
-        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked)
-    ordered = sorted(still.things, key=lambda thing: thing[1][1])
-    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
 
 
 def encode(tokenizer: Any, config: Any, asked: list[tuple[str, str]]) -> dict[str, Tensor]:

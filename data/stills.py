@@ -35,6 +35,8 @@ SMALLEST = 12 / 96**2  # share of the image that must be seen of a thing for it 
 HOUSEHOLD = ("cup", "mug", "pot", "oven", "cabinet", "brush", "bowl", "block", "slot")
 NOUNS = (*GRASPABLE, "tray", "box", "basket", "plate", "platform", *HOUSEHOLD, "sauce", "gripper", "hand")
 LARGE = ("oven", "cabinet")  # one of them in a scene, behind the rest
+ASKED = 5  # things at most that a question names
+PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
 SHARES = {"fr3": 0.85, "sixaxis": 0.05, "gripper": 0.05, "hands": 0.05}  # of the scenes
 
 
@@ -252,6 +254,22 @@ def look(scene: World, eyes: Cameras, words: list[str], owner: np.ndarray) -> li
         view = now.xpos.copy(), now.xmat.reshape(3, 3).copy(), float(np.tan(np.radians(angle) / 2))
         made.append(Still(image, things, of_pixel, camera, view, getattr(scene, "home", False)))
     return made
+
+
+def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
+    """A question about a still, and the answer, as `pretrain.py` describes them. detect: the kind of question."""
+    place = lambda box: "".join(map(common.loc, box))
+    if not still.things:
+        return ("detect gripper" if detect else "describe"), "nothing"
+    if detect:
+        nouns = [name.split()[-1] for name, _ in still.things]
+        brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
+        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in rng.permutation(len(nouns))]
+        asked = asked[: rng.integers(1, ASKED + 1)]
+        names = " ; ".join(name for name, _ in asked)
+        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked)
+    ordered = sorted(still.things, key=lambda thing: thing[1][1])
+    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
 
 
 def sheet(path: Path, seed: int = 0, size: int = 96, scale: int = 2, columns: int = 8, rows: int = 3) -> None:

@@ -55,7 +55,7 @@ def test_boxes_are_where_the_camera_sees_the_things():
 def test_what_the_instructions_speak_of_is_named():
     rng = np.random.default_rng(0)
     said = [part for n in range(40) for still in stills.stills(0, n, 48) for k in (True, False)
-            for part in pretrain.ask(still, rng, k)]  # fmt: skip
+            for part in stills.ask(still, rng, k)]  # fmt: skip
     words = {word for text in said for word in text.split()}
     assert {"red", "blue", "cup", "block", "slot", "oven", "pot", "brush", "sauce", "gripper"} <= words
     asked = [name for text in said if text.startswith("detect") for name in text[7:].split(" ; ")]
@@ -89,16 +89,16 @@ def test_an_answer_gives_the_places_that_were_asked_for():
     of_cube, of_gripper = "0512><loc0256><loc0768><loc0512>", "0000><loc0128><loc0256><loc1016>"
     expected = {"red cube": of_cube, "cube": of_cube, "gripper": of_gripper}
     still = stills.Still(np.zeros((8, 8, 3), np.uint8), things, np.full((8, 8), -1, np.int8))
-    assert pretrain.ask(still, np.random.default_rng(0), detect=False) == (
+    assert stills.ask(still, np.random.default_rng(0), detect=False) == (
         "describe",
         "gripper <loc0000><loc0128><loc0256><loc1016> ; red cube <loc0512><loc0256><loc0768><loc0512>",
     )
-    question, answer = pretrain.ask(still, np.random.default_rng(1), detect=True)
+    question, answer = stills.ask(still, np.random.default_rng(1), detect=True)
     asked = question.removeprefix("detect ").split(" ; ")
     assert [part.split(" <")[0] for part in answer.split(" ; ")] == asked
     assert all(part.split(" <", 1)[1] == "loc" + dict(expected)[part.split(" <")[0]] for part in answer.split(" ; "))
     two = stills.Still(still.image, [*things, ("blue cube", (0.0, 0.0, 0.5, 0.5))], still.owner)
-    names = {n for k in range(40) for n in pretrain.ask(two, np.random.default_rng(k), True)[0][7:].split(" ; ")}
+    names = {n for k in range(40) for n in stills.ask(two, np.random.default_rng(k), True)[0][7:].split(" ; ")}
     assert names == {"red cube", "blue cube", "gripper"}  # which cube, only the colour says
 
 
