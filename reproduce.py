@@ -125,10 +125,10 @@ _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 2400", "clone": "--steps 7200 --student-lr 1"}),
+        "distill": "--steps 2400 --stills 2 --vlm-lr 0.3", "clone": "--steps 7200 --student-lr 1"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
-        "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _SHORT, "clone": _SHORT, "finetune": _SHORT,
-        "evaluate": "--seconds 1"}),
+        "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": f"{_SHORT} --stills 1", "clone": _SHORT,
+        "finetune": _SHORT, "evaluate": "--seconds 1"}),
 }  # fmt: skip
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for

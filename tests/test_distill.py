@@ -18,6 +18,7 @@ import common
 import distill
 import finetune
 import lam
+import pretrain
 from common import InputError
 from data.windows import collate
 
@@ -373,6 +374,49 @@ def test_resume_is_exact(data, teacher_run, tmp_path, capsys):
     h.save_lam(tmp_path / "lam", replace(h.LAM_ARGS, motion_tokens=3))
     with pytest.raises(InputError, match=r"has \[3, 2\] scene and motion tokens of width 48, the teacher .* \[3, 3\]"):
         distill.train(replace(moved, resume=True), h.process())
+
+
+def test_a_still_is_asked_as_where_the_student_began(micro):
+    """The answers cost the student what they cost the model that pretrain.py trained, in its words."""
+    vlm, tokenizer = common.load_vlm("paligemma-micro")
+    student = distill.Student(vlm, tokenizer, (3, 2), 48).eval()
+    images, asked, answers = distill.questions(replace(distill.TINY, stills=1), 3, student)
+    assert images.shape == (6, 1, 3, 32, 32) and {q.split()[0] for q in asked} == {"detect", "describe"}
+    batch = pretrain.encode(tokenizer, vlm.config, [(q, a[1:]) for q, a in zip(asked, answers, strict=True)])
+    labels = batch.pop("labels")[:, 1:]
+    with torch.no_grad():
+        hidden = vlm.model(pixel_values=common.normalize_pixels(images[:, 0], "paligemma", torch.float32), **batch,
+                           use_cache=False).last_hidden_state[:, :-1]  # fmt: skip
+        there = F.cross_entropy(vlm.lm_head(hidden).flatten(0, 1), labels.flatten(), reduction="none")
+        here = distill.nats(*student(images, asked, answers)[1:])
+    close(here.sum(1), there.view_as(labels).sum(1), 1e-3)
+    again, other = (distill.questions(replace(distill.TINY, stills=1), k, student) for k in (3, 4))
+    assert torch.equal(images, again[0]) and answers == again[2] and not torch.equal(images, other[0])
+
+
+def test_what_is_asked_is_learned(data, teacher_run, tmp_path):
+    """L_r is a mean over the words of phases and answers alike, and both are learned; unasked, answers are not."""
+    costs = {}
+    for stills in (0, 1):
+        torch.manual_seed(0)
+        args = replace(run_args(data, teacher_run, tmp_path / str(stills), stills=stills), steps=24, lr=1e-2)
+        distill.train(args, h.process())
+        student = distill.load_student(tmp_path / str(stills))[0].eval()
+        with torch.no_grad():
+            _, logits, words = student(*distill.questions(replace(args, stills=2), 900, student))
+        costs[stills] = (distill.nats(logits, words).sum() / (words >= 0).sum()).item()
+    assert costs[1] < 0.6 * costs[0]
+
+    torch.manual_seed(0)
+    teacher_args = lam.load_lam(teacher_run)[1]
+    student = distill.build(args, (3, 2), 48)
+    windows = distill.make_windows(args, teacher_args, 32, "train")
+    batch = collate([windows[i] for i in range(4)])
+    texts = [student(batch["first"], batch["instruction"], distill.phases(batch))[1:],
+             student(*distill.questions(args, 0, student))[1:]]  # fmt: skip
+    mean = sum(distill.nats(*t).sum() for t in texts) / sum((words >= 0).sum() for _, words in texts)
+    logged = next(line for line in h.log(tmp_path / "1") if line["step"] == 1)
+    assert logged["text"] == pytest.approx(mean.item(), rel=1e-4)
 
 
 def test_the_model_may_learn_more_slowly_than_the_queries(data, teacher_run, tmp_path):
