@@ -1,6 +1,7 @@
-"""Tables and figures of the evidence, from results/<preset>/*.json and nothing else.
+"""Tables and figures of the evidence, from results/<preset>/*.json and nothing else; films from those of the trials.
 
     python report.py --small      # `make results`: into README.md and results/REPORT.md, and results/small/*.png
+    python report.py --small --films trials_latbot_10     # and results/small/*.gif, where these were just made
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
 that have such lines (NAME: table4, table5, controls, paired, hours, units), and two figures. What has not been measured
@@ -21,9 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image
+
 import common
 import reproduce
 from common import InputError, wilson
+from franka import HZ
 from reproduce import STAGES, TASKS
 
 # Success in percent, in the order of TASKS, from the paper's Table 4; "none" is pi0.5.
@@ -321,6 +327,46 @@ def save(fig: Any, path: Path) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Films
+# --------------------------------------------------------------------------------------------------------------------
+
+WIDE, SKIP = 272, 2  # pixels of a film in a GIF, and of how many of its frames one is shown
+
+
+def films(unit: str, work: Path, folder: Path) -> list[Path]:
+    """A GIF of each task: the first success of a unit's trials beside the first failure, or the one there is.
+
+    Raises InputError where the unit's films are not on this disk, or are not those of its results."""
+    made = []
+    for task in TASKS:
+        path = work / unit / task / "video.mp4"
+        if not path.exists():
+            raise InputError(f"no {path}: `python reproduce.py --only {unit}` makes the trials' films where it runs")
+        trials = common.read_json(path.with_name("results.json"))
+        ends = np.cumsum([round(e["seconds"] * HZ) + HZ for e in trials]).tolist()  # a second of the end of each
+        shown = [next((k for k, e in enumerate(trials) if e["success"] == done), None) for done in (True, False)]
+        spans = [(ends[k - 1] if k else 0, ends[k]) for k in shown if k is not None]
+        frames: list[list[Image.Image]] = [[] for _ in spans]
+        number = 0
+        for number, frame in enumerate(iio.imiter(path, plugin="pyav"), 1):
+            for (first, end), kept in zip(spans, frames, strict=True):
+                if first < number <= end and (end - number) % SKIP == 0:
+                    image = Image.fromarray(frame)
+                    kept.append(image.resize((WIDE, round(WIDE * image.height / image.width))))
+        if number != ends[-1]:
+            raise InputError(f"{path} has {number} frames, the trials of its results.json {ends[-1]}: run them anew")
+        long = max(map(len, frames))
+        pages = [np.hstack([np.asarray(kept[min(k, len(kept) - 1)]) for kept in frames]) for k in range(long)]
+        out = folder / f"{task}.gif"
+        pages = [Image.fromarray(page).quantize(64, dither=Image.Dither.NONE) for page in pages]
+        pages[0].save(partial := out.with_name(f"partial.{out.name}"), save_all=True, append_images=pages[1:],
+                      duration=1000 * SKIP // HZ, loop=0, optimize=True)  # fmt: skip
+        partial.replace(out)
+        made.append(out)
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Main
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -331,6 +377,8 @@ class Args:
     """Whose results."""
     pages: tuple[str, ...] = ("README.md", "results/REPORT.md")
     """Where tables go; pages that are absent, or have no place for tables, stay as they are."""
+    films: str = ""
+    """A unit of trials: draw a GIF of each task from its films, too."""
 
 
 def main() -> None:
@@ -346,7 +394,10 @@ def main() -> None:
     for page in map(Path, args.pages):
         if page.exists() and (names := fill(page, made)):
             print(f"\nwrote {', '.join(names)} into {page}")
-    print("\nwrote " + ", ".join(map(str, draw(records, folder))))
+    drawn = draw(records, folder)
+    if args.films:
+        drawn += films(args.films, Path("runs") / args.preset / "reproduce", folder)
+    print("\nwrote " + ", ".join(map(str, drawn)))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 import json
 
+import imageio.v3 as iio
+import numpy as np
 import pytest
 
 import common
 import report
 from common import InputError
+from franka import Film
 from reproduce import TASKS, fingerprint
 
 STAGE_ARGS = {"finetune": {"steps": 100, "episodes": 0}, "lam": {"steps": 50, "uad": True}, "evaluate": {"seed": 1000}}
@@ -138,3 +141,33 @@ def test_figures(folder, monkeypatch):
         places = [c.lines[0].get_xdata() for c in ax.containers]
         assert len(places) == 2 and not {*places[0]} & {*places[1]}
         assert all(abs(x - round(x)) < 0.1 and round(x) in range(len(numbers)) for xs in places for x in xs)
+
+
+def test_films(folder, tmp_path):
+    """The first success beside the first failure, each to its end and that for a second; where there is but one kind,
+    that alone. And films that are absent, or of other trials."""
+    with pytest.raises(InputError, match="video.mp4: `python reproduce.py --only trials_latbot_10` makes"):
+        report.films("trials_latbot_10", tmp_path, folder)
+    colours = np.eye(3)  # of the first failure, the second, the success
+    for task in TASKS:
+        done = task != "pot_oven"
+        trials = [{"seconds": 0.4, "success": False}, {"seconds": 0.2, "success": False},
+                  {"seconds": 1.0, "success": done}]  # fmt: skip
+        path = tmp_path / "trials_latbot_10" / task / "video.mp4"
+        path.parent.mkdir(parents=True)
+        common.write_json(path.with_name("results.json"), trials)
+        film = Film(path)
+        for entry, colour in zip(trials, colours, strict=True):
+            for k in range(round(10 * entry["seconds"]) + 10):  # no two alike: a GIF would have them once
+                film.add(np.full((36, 64, 3), colour * (255 - 6 * k), np.uint8))
+        film.close()
+    made = report.films("trials_latbot_10", tmp_path, folder)
+    assert [path.name for path in made] == [f"{task}.gif" for task in TASKS]
+    frames = iio.imread(made[0])
+    assert frames.shape == (10, 153, 2 * 272, 3)  # 20 frames of the success, every second one; the failure had 14
+    for page in frames:
+        assert page[:, :272].argmax(-1).min() == 2 and page[:, 272:].argmax(-1).max() == 0
+    assert iio.imread(made[-1]).shape == (7, 153, 272, 3)
+    common.write_json(path.with_name("results.json"), trials[:2])
+    with pytest.raises(InputError, match="has 46 frames, the trials of its results.json 26"):
+        report.films("trials_latbot_10", tmp_path, folder)
