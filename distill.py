@@ -43,7 +43,11 @@ Where we depart from the paper, or fill in what it does not say:
     their peak. 84 % of the arithmetic is the teacher's, which looks at 16 frames.
  7. The paper's student sees one frame. A policy sees more cameras, so at --small the student already learns to look at
     the wrist's, where a data set has one; elsewhere that view is masked, as in pi0.5.
- 8. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
+ 8. L_r is there so that the student keeps what it could do. What one that began with `pretrain.py` could do is to say
+    where things are, and phases do not ask for that: within 160 steps it is gone (results/LOG.md). With --stills, still
+    scenes and pretrain.py's questions about them are a part of L_r, and --vlm-lr is a smaller rate for what has learned
+    before. `reproduce.py` uses both; by themselves, and at full size, they are off, as in the paper.
+ 9. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
     else, the subtask text and what validation measures among it, stays as it is.
 """
 
@@ -499,7 +503,13 @@ def phases(batch: dict[str, Any]) -> list[str]:
     return [s if s.strip() else i for s, i in zip(batch["subtask"], batch["instruction"], strict=True)]
 
 
-def questions(args: Args, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
+def quizzes(args: Any, step: int, process: Process, student: Student) -> list[tuple[Tensor, list[str], list[str]]]:
+    """This rank's `questions` of a step, for each micro-step; none without --stills."""
+    numbers = [(step * args.accumulate + k) * process.world + process.rank for k in range(args.accumulate)]
+    return [questions(args, number, student) for number in numbers if args.stills]
+
+
+def questions(args: Any, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
     """Stills uint8 (B, 1, 3, H, H), a question about each and its answer: a function of (seed, number)."""
     rng, scenes = np.random.default_rng([args.seed + STILLS, number]), range(args.stills)
     shown = [s for k in scenes for s in stills(args.seed + STILLS, number * args.stills + k, student.image_size)]
@@ -591,9 +601,8 @@ def train(args: Args, process: Process) -> None:
         waited = time.perf_counter() - began
         optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
-        numbers = [(step * args.accumulate + k) * process.world + process.rank for k in range(args.accumulate)]
-        quizzes = [questions(args, number, student) for number in numbers if args.stills]
-        words = sum(tokenized(tokenizer, texts) for texts in [*map(phases, batches), *(q[2] for q in quizzes)])
+        asked = quizzes(args, step, process, student)
+        words = sum(tokenized(tokenizer, texts) for texts in [*map(phases, batches), *(q[2] for q in asked)])
         n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
         totals: dict[str, Tensor] = {}
         for batch in batches:
@@ -607,9 +616,9 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
-        for images, asked, answers in quizzes:
+        for quiz in asked:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                _, logits, target = student(images, asked, answers)
+                _, logits, target = student(*quiz)
                 text = nats(logits, target).sum() / n_words
             (args.lambda_r * text).backward()
             totals["text"] = totals["text"] + text.detach()

@@ -33,9 +33,9 @@ Where we depart from the paper, or fill in what it does not say:
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
     trains the matrices of the layers (lam.py 8), and the student learns at a tenth of the expert's rates: with ten
     demonstrations that is better than the same rates, distilled or not (results/LOG.md). From random weights, give
-    --student-lr 1.
+    --student-lr 1. --stills goes on asking where things are, as distill.py 8: for what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
-    everything behind the keys and values.
+    everything behind the keys and values; with --stills, the head alone.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
     alike.
 """
@@ -110,6 +110,11 @@ class Args:
     state_noise: float = 0.0
     """Standard deviation of noise on the training states, normalised, so that a few demonstrations are told apart by
     what is seen rather than by where the robot is. (our choice)"""
+    stills: int = 0
+    """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them, so that a
+    student that began there keeps what it knew, as in distill.py. 0: none. (our choice)"""
+    lambda_r: float = 0.5
+    """Weight of their answers beside the actions, as of L_r in distill.py. (our choice)"""
     batch: int = 8
     """Windows per GPU and micro-step: 8 x 8 GPUs = 64. (Sec. 4.3)"""
     accumulate: int = 1
@@ -252,12 +257,19 @@ class VLA(nn.Module):
         self.register_buffer("action_mask", torch.ones(len(ACTION_NAMES), dtype=torch.bool))
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
-    def freeze_unread(self) -> None:
-        """Excludes from training what `forward` never runs (departure 5)."""
-        last = self.student.vlm.language_model.layers[-1]
-        for module in (self.student.head, self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
-                       last.self_attn.q_proj, last.self_attn.o_proj):  # fmt: skip
+    def freeze_unread(self, answers: bool = False) -> None:
+        """Excludes from training what `forward`, and with `answers` also `answer`, never runs (departure 5)."""
+        last, unread = self.student.vlm.language_model.layers[-1], [self.student.head]
+        if not answers:
+            unread += [self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
+                       last.self_attn.q_proj, last.self_attn.o_proj]  # fmt: skip
+        for module in unread:
             module.requires_grad_(False)
+
+    def answer(self, images: Tensor, questions: list[str], answers: list[str]) -> tuple[Tensor, Tensor]:
+        """What the student would say: logits (B, S, vocabulary), and the tokens of the answers (B, S), -100 where there
+        is none. images: uint8 (B, 1, 3, H, H)."""
+        return self.student(images, questions, answers)[1:]
 
     def forward(self, images: Tensor, state: Tensor, instructions: list[str] | tuple[Tensor, Tensor]) -> Tensor:
         """images uint8 (B, K, 3, H, H), state (B, 46) normalised, instructions as texts or as `Student.prompts` gives
@@ -640,14 +652,15 @@ def shard(model: VLA, process: Process) -> None:
     """FSDP2 or HSDP: every transformer layer is a unit that is gathered when needed, then the rest."""
     if process.world == 1:
         return
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     how = common.sharding(process)
     vlm = model.student.vlm
-    # The student's last layer stays with the rest: only its keys and values are computed, it is never called itself.
+    # The student's last layer stays with the rest: of it `forward` computes keys and values alone, and never calls it.
     for layer in [*vlm.vision_tower.encoder.layers, *vlm.language_model.layers[:-1], *model.expert.layers]:
         fully_shard(layer, **how)
     fully_shard(model, **how)
+    register_fsdp_forward_method(model, "answer")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -677,7 +690,7 @@ def train(args: Args, process: Process) -> None:
                              f"a second, and not --hz {args.hz:g}; add --hz {rate:g}")  # fmt: skip
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))  # the same of all
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
-    model.freeze_unread()
+    model.freeze_unread(args.stills > 0)
     if not args.student_lr:
         model.student.requires_grad_(False)  # nor are its gradients computed
     distill.check_instructions(windows)
@@ -719,6 +732,14 @@ def train(args: Args, process: Process) -> None:
         counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)).clamp(min=1)
         counts = counts / (process.world * args.accumulate)
         totals: dict[str, Tensor] = {}
+        asked = distill.quizzes(args, step, process, model.student)
+        words = float(sum(distill.tokenized(tokenizer, answers) for *_, answers in asked))
+        n_words = process.sum(torch.tensor(words, device=process.device)) / process.world
+        for quiz in asked:
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                text = distill.nats(*model.answer(*quiz)).sum() / n_words
+            (args.lambda_r * text).backward()
+            totals["text"] = totals.get("text", 0) + text.detach()
         for batch in batches:
             images, state = views(batch, args), batch["state"]
             if args.augment:
@@ -767,7 +788,10 @@ def export(run: str, out: str) -> None:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0)
+    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0, stills=0, lambda_r=0)
+    if args.stills and not args.student_lr:
+        raise InputError(f"--student-lr 0 leaves the student as it is, and --stills {args.stills} asks it, so that it "
+                         f"learns: give one of them")  # fmt: skip
     if not 1 <= args.execute <= args.chunk:
         raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
     if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:

@@ -29,8 +29,9 @@ Where the paper is silent (all our choice):
     "scratch", without it says what it is worth. Latent action models start from a vision encoder that has seen still
     scenes, the same for all, and the rest of them from random weights: so LatBot has a second model, its teacher, that
     has learned names and boxes. Behaviour cloning on play gets about the time that this, stage 1 and stage 2 take
-    together, and the nine tenths of play in which one arm acts. Cloning, and "scratch", train the student at the
-    expert's rates; all other policies at a tenth of them (finetune.py 4).
+    together, and the nine tenths of play in which one arm acts. Distillation and cloning train what was pretrained at
+    three tenths of the rates of the rest, and both go on asking where things are (distill.py 8); policies at a tenth
+    (finetune.py 4), "scratch" at all of them.
 """
 
 import ast
@@ -122,13 +123,14 @@ class Preset(NamedTuple):
 
 
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
+_ASKED = f"{_SHORT} --stills 1"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 2400 --stills 2 --vlm-lr 0.3", "clone": "--steps 7200 --student-lr 1"}),
+        "distill": "--steps 2400 --stills 2 --vlm-lr 0.3", "clone": "--steps 7200 --stills 2 --student-lr 0.3"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
-        "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": f"{_SHORT} --stills 1", "clone": _SHORT,
-        "finetune": _SHORT, "evaluate": "--seconds 1"}),
+        "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
+        "evaluate": "--seconds 1"}),
 }  # fmt: skip
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for

@@ -27,7 +27,9 @@ from helpers_lam import (
 )
 
 import common
+import distill
 import lam
+from data import stills
 from data.lerobot import LeRobotReader, LeRobotWriter
 
 ONE, TWO = ("--batch", 4), ("--batch", 1, "--accumulate", 2)  # a global batch of 4 on one rank and on two
@@ -167,6 +169,22 @@ def test_a_student_of_its_own_rate_on_two_ranks(world, tmp_path):
     forked(*stage_command("finetune", world, tmp_path / "alike", *more[:-2]))
     with pytest.raises(AssertionError):
         same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "alike"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_stills_on_two_ranks(stage, world, tmp_path):
+    """Two ranks are asked about the stills that one is asked about in twice as many micro-steps. They are drawn here: a
+    forked process has no threads to draw with."""
+    drawn = {(seed, n): stills.stills(seed, n, 64) for seed in (distill.STILLS,) for n in range(16)}
+
+    def before():
+        distill.stills = lambda seed, number, size: drawn[seed, number]
+
+    more = ["--steps", 4, "--lr", 1e-3, "--stills", 1, "--batch", 1]
+    forked(*stage_command(stage, world, tmp_path / "one", *more, "--accumulate", 4), before=before)
+    forked_ranks(*stage_command(stage, world, tmp_path / "two", *more, "--accumulate", 2), before=before)
+    assert metrics(tmp_path / "one")[1]["text"] > 2
+    same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"), rtol=1e-4)
 
 
 def in_bfloat16():

@@ -199,6 +199,25 @@ def test_trained_are_those_with_a_gradient(micro):
     assert all("k_proj.bias" in n for n in still), still  # softmax does not feel them: rounding only
 
 
+def test_a_student_that_is_asked_learns_to_answer(data, tmp_path, micro):
+    """Beside the actions, and in its last layer, too, which the expert does not read; a run goes on bit for bit. One
+    that stays as it is cannot be asked."""
+    costs = {}
+    for stills in (0, 1):
+        torch.manual_seed(0)
+        args = run_args(data, tmp_path / str(stills), stills=stills, steps=24, save_every=12, lr=1e-2, lambda_r=1.0)
+        finetune.train(args, h.process())
+        policy = finetune.load_policy(tmp_path / str(stills), compile=False)
+        with torch.no_grad():
+            logits, words = policy.model.answer(*distill.questions(replace(args, stills=2), 900, policy.model.student))
+        costs[stills] = (distill.nats(logits, words).sum() / (words >= 0).sum()).item()
+        logged = [line for line in h.log(tmp_path / str(stills)) if "grad_norm" in line]
+        assert all(("text" in line) == bool(stills) for line in logged)
+    assert costs[1] < 0.6 * costs[0]
+    with pytest.raises(InputError, match="--student-lr 0 .* --stills 1"):
+        finetune.check(replace(args, student_lr=0.0))
+
+
 def test_checkpointing_changes_no_gradient(micro):
     """And it recomputes: fewer tensors are kept for the backward pass."""
     images, state, instructions = inputs()
