@@ -938,8 +938,9 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
 
     Raises InputError when the folder already holds a run and --resume was not given, or when the run that is there had
     other arguments: bit-exact resuming would be a lie. The number of ranks may change where the global batch stays the
-    same: the run then goes on with the same samples, and to rounding with the same numbers. A folder without a
-    checkpoint or a line of log holds nothing that could be lost, and is taken over."""
+    same: the run then goes on with the same samples, and to rounding with the same numbers. Not so with --stills, of
+    which each rank and micro-step has its own. A folder without a checkpoint or a line of log holds nothing that could
+    be lost, and is taken over."""
     run, kept, now = Path(out), None, json.loads(json.dumps(dataclasses.asdict(args), default=str))
     now["world"] = process.world
     found = checkpoints(run)
@@ -947,7 +948,7 @@ def open_run(out: str, args: Any, process: Process, resume: bool) -> tuple[Path,
         if not resume:
             at = found[-1].name if found else "no checkpoint yet"
             raise InputError(f"{run} already holds a run ({at}): add --resume to continue it, or choose another --out")
-        spread = ("batch", "accumulate", "world")  # whose product is the global batch
+        spread = () if now.get("stills") else ("batch", "accumulate", "world")  # whose product is the global batch
         free = {"resume", "out", "workers", "log_every", "save_every", "preload", "max_bad", "replicas", *spread}
         then = read_json(run / "args.json")
         if not isinstance(then, dict):

@@ -34,7 +34,7 @@ Where we depart from the paper, or fill in what it does not say:
  3. Image and text do not see the latent queries, so the subtask text is conditioned on (l, V_1) and nothing else, as
     Eq. 5 has it, and inference never has to write text.
  4. L_r is trained on the text of the present phase where a data set has it, on the instruction elsewhere, and averaged
-    over all tokens of the global batch.
+    over all tokens of the global batch (with those of 8).
  5. The student starts from pi0.5's VLM (Sec. 6.2) as lerobot publishes it, which brings no tokenizer: PaliGemma's goes
     with it (see common.load_pi05). google/paligemma-3b-pt-224, from which pi0.5 was trained, can take its place. The
     prompt is PaliGemma's: pi0.5's own also spells out the robot's state, which this stage does not have. At --tiny and
@@ -46,7 +46,7 @@ Where we depart from the paper, or fill in what it does not say:
  8. L_r is there so that the student keeps what it could do. What one that began with `pretrain.py` could do is to say
     where things are, and phases do not ask for that: within 160 steps it is gone (results/LOG.md). With --stills, still
     scenes and pretrain.py's questions about them are a part of L_r, and --vlm-lr is a smaller rate for what has learned
-    before. `reproduce.py` uses both; by themselves, and at full size, they are off, as in the paper.
+    before. The answers' loss is that of any other text. Off in every preset; `reproduce.py` turns both on.
  9. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
     else, the subtask text and what validation measures among it, stays as it is.
 """
@@ -68,7 +68,6 @@ from tqdm import tqdm
 import common
 from common import InputError, Process
 from data import mixture
-from data.stills import ask, stills
 from data.windows import View, Windows, check_resume, collate, held_out_batches, stream, to_device
 from lam import LAM, count, load_lam
 
@@ -101,7 +100,7 @@ class Args:
     """Cameras that the student sees beside the teacher's; masked in data sets that lack them. (our choice)"""
     stills: int = 0
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them: a part of L_r,
-    so that a student that began there keeps what it knew. 0: none. (our choice)"""
+    so that a student that began there keeps what it knew. 0: none, as in Sec. 3.3. (our choice)"""
     shuffle: bool = False
     """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8
@@ -504,13 +503,15 @@ def phases(batch: dict[str, Any]) -> list[str]:
 
 
 def quizzes(args: Any, step: int, process: Process, student: Student) -> list[tuple[Tensor, list[str], list[str]]]:
-    """This rank's `questions` of a step, for each micro-step; none without --stills."""
+    """This rank's `still_questions` of a step, for each micro-step; none without --stills."""
     numbers = [(step * args.accumulate + k) * process.world + process.rank for k in range(args.accumulate)]
-    return [questions(args, number, student) for number in numbers if args.stills]
+    return [still_questions(args, number, student) for number in numbers if args.stills]
 
 
-def questions(args: Any, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
+def still_questions(args: Any, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
     """Stills uint8 (B, 1, 3, H, H), a question about each and its answer: a function of (seed, number)."""
+    from data.stills import ask, stills  # they need the robot, and nothing else here does
+
     rng, scenes = np.random.default_rng([args.seed + STILLS, number]), range(args.stills)
     shown = [s for k in scenes for s in stills(args.seed + STILLS, number * args.stills + k, student.image_size)]
     asked, answers = zip(*(ask(still, rng, bool(rng.random() < 0.5)) for still in shown), strict=True)
@@ -597,11 +598,10 @@ def train(args: Args, process: Process) -> None:
 
     for step in range(start, args.steps):
         began = time.perf_counter()
-        batches = next(data)
+        batches, asked = next(data), quizzes(args, step, process, student)
         waited = time.perf_counter() - began
         optimizer.rate(common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup))
         # Words are spread unevenly: each rank's share of the global count makes L_r a mean over all of them.
-        asked = quizzes(args, step, process, student)
         words = sum(tokenized(tokenizer, texts) for texts in [*map(phases, batches), *(q[2] for q in asked)])
         n_words = process.sum(torch.tensor(float(words), device=process.device)) / process.world
         totals: dict[str, Tensor] = {}
@@ -649,6 +649,10 @@ def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, lambda_r=0, vlm_lr=0, stills=0)
+    if args.stills and not args.vlm_lr * args.lambda_r:
+        raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --vlm-lr "
+                         f"{args.vlm_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "
+                         f"--stills out")  # fmt: skip
     if args.shuffle and args.batch < 2:
         raise InputError(f"--shuffle needs another sample in the micro-batch: --batch {args.batch} must be 2 or more")
 

@@ -35,7 +35,7 @@ Where we depart from the paper, or fill in what it does not say:
     demonstrations that is better than the same rates, distilled or not (results/LOG.md). From random weights, give
     --student-lr 1. --stills goes on asking where things are, as distill.py 8: for what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
-    everything behind the keys and values; with --stills, the head alone.
+    everything behind the keys and values. With --stills the last layer answers, and is trained.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
     alike.
 """
@@ -258,7 +258,8 @@ class VLA(nn.Module):
         self.register_buffer("state_mask", torch.ones(len(STATE_NAMES), dtype=torch.bool))
 
     def freeze_unread(self, answers: bool = False) -> None:
-        """Excludes from training what `forward`, and with `answers` also `answer`, never runs (departure 5)."""
+        """Excludes from training what no loss depends on: that of the actions, and with `answers` also that of what
+        `answer` says (departure 5)."""
         last, unread = self.student.vlm.language_model.layers[-1], [self.student.head]
         if not answers:
             unread += [self.student.vlm.language_model.norm, last.mlp, last.post_attention_layernorm,
@@ -724,7 +725,7 @@ def train(args: Args, process: Process) -> None:
 
     for step in range(start, args.steps):
         began = time.perf_counter()
-        batches = next(data)
+        batches, asked = next(data), distill.quizzes(args, step, process, model.student)
         waited = time.perf_counter() - began
         rate = common.learning_rate(step, args.steps, args.lr, args.min_lr, args.warmup)
         optimizer.rate(rate)
@@ -732,14 +733,8 @@ def train(args: Args, process: Process) -> None:
         counts = process.sum(sum(valid_counts(b["action_mask"]) for b in batches)).clamp(min=1)
         counts = counts / (process.world * args.accumulate)
         totals: dict[str, Tensor] = {}
-        asked = distill.quizzes(args, step, process, model.student)
         words = float(sum(distill.tokenized(tokenizer, answers) for *_, answers in asked))
         n_words = process.sum(torch.tensor(words, device=process.device)) / process.world
-        for quiz in asked:
-            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                text = distill.nats(*model.answer(*quiz)).sum() / n_words
-            (args.lambda_r * text).backward()
-            totals["text"] = totals.get("text", 0) + text.detach()
         for batch in batches:
             images, state = views(batch, args), batch["state"]
             if args.augment:
@@ -752,6 +747,11 @@ def train(args: Args, process: Process) -> None:
             (loss / args.accumulate).backward()
             for k, v in parts.items():
                 totals[k] = totals.get(k, 0) + v / args.accumulate
+        for quiz in asked:
+            with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
+                text = distill.nats(*model.answer(*quiz)).sum() / n_words
+            (args.lambda_r * text).backward()
+            totals["text"] = totals.get("text", 0) + text.detach()
         norm = update(sum(totals.values()))
         log.bar.update()
 
@@ -789,9 +789,10 @@ def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0, stills=0, lambda_r=0)
-    if args.stills and not args.student_lr:
-        raise InputError(f"--student-lr 0 leaves the student as it is, and --stills {args.stills} asks it, so that it "
-                         f"learns: give one of them")  # fmt: skip
+    if args.stills and not args.student_lr * args.lambda_r:
+        raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --student-lr "
+                         f"{args.student_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "
+                         f"--stills out")  # fmt: skip
     if not 1 <= args.execute <= args.chunk:
         raise InputError(f"--execute {args.execute} must lie between 1 and --chunk {args.chunk}")
     if not 1 <= len(set(args.cameras)) == len(args.cameras) <= 3:

@@ -1325,7 +1325,7 @@ def record(args: Args) -> dict[str, float]:
     if not skip:
         path.parent.mkdir(parents=True, exist_ok=True)
         common.write_json(path, settings)
-    elif path.exists() and (there := common.read_json(path)) != settings:
+    elif path.exists() and (there := {"tilt": 0.0} | common.read_json(path)) != settings:  # tilt came later
         raise InputError(f"{args.out} was recorded with {there}, not {settings}: choose another --out")
     else:
         print(f"{args.out} holds {skip} episodes: simulating those again without rendering, then going on")

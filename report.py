@@ -44,9 +44,9 @@ NAMES = {
     "bc": "behaviour cloning on play", "shuffled": "Z shuffled",
     "scratch": "random weights",
 }  # fmt: skip
-COMPARED = (  # the first is expected above the second
+COMPARED = (  # the first is hoped to be above the second; "shuffled" differs from LatBot in the latent actions alone
     ("latbot", "none"), ("latbot", "univla-style"), ("latbot", "uad"), ("latbot", "dla"), ("uad", "univla-style"),
-    ("dla", "univla-style"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
+    ("dla", "univla-style"), ("latbot", "shuffled"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
     ("none", "scratch"),
 )  # fmt: skip
 MISSING = "–"
@@ -188,11 +188,11 @@ def difference(cells: dict[Key, Outcomes], first: Key, second: Key) -> list[str]
             str(a + b + c + d)]  # fmt: skip
 
 
-def tables(records: dict[str, dict]) -> dict[str, str]:
+def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     """All tables by name, in Markdown."""
     check(records)
     cells = gather(records)
-    numbers = sorted({k[1] for k in cells}) or [10, 50, 100]
+    numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
     few = numbers[0]
     tasks = [*TASKS, "mean", "95 % interval"]
     four, five, controls, paired = [], [], [], []
@@ -264,7 +264,7 @@ def fill(page: Path, made: dict[str, str]) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def draw(records: dict[str, dict], folder: Path) -> list[Path]:
+def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[Path]:
     """Success against demonstrations, and the stages' validation curves. Returns the PNGs."""
     import matplotlib
 
@@ -273,7 +273,7 @@ def draw(records: dict[str, dict], folder: Path) -> list[Path]:
 
     check(records)
     cells, made = gather(records), []
-    numbers = sorted({k[1] for k in cells})
+    numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
@@ -337,11 +337,12 @@ def films(unit: str, work: Path, folder: Path) -> list[Path]:
     """A GIF of each task: the first success of a unit's trials beside the first failure, or the one there is.
 
     Raises InputError where the unit's films are not on this disk, or are not those of its results."""
-    made = []
+    made, old = [], f"{work / unit} {work / unit}.json {folder / unit}.json"
+    anew = f"to run these trials here, `rm -rf {old}` and `python reproduce.py --{folder.name} --only {unit}`"
     for task in TASKS:
         path = work / unit / task / "video.mp4"
         if not path.exists():
-            raise InputError(f"no {path}: `python reproduce.py --only {unit}` makes the trials' films where it runs")
+            raise InputError(f"no {path}: films stay where the trials ran; {anew}")
         trials = common.read_json(path.with_name("results.json"))
         ends = np.cumsum([round(e["seconds"] * HZ) + HZ for e in trials]).tolist()  # a second of the end of each
         shown = [next((k for k, e in enumerate(trials) if e["success"] == done), None) for done in (True, False)]
@@ -354,7 +355,8 @@ def films(unit: str, work: Path, folder: Path) -> list[Path]:
                     image = Image.fromarray(frame)
                     kept.append(image.resize((WIDE, round(WIDE * image.height / image.width))))
         if number != ends[-1]:
-            raise InputError(f"{path} has {number} frames, the trials of its results.json {ends[-1]}: run them anew")
+            raise InputError(f"{path} has {number} frames, the trials of its results.json {ends[-1]}, as after an "
+                             f"interruption: {anew}")  # fmt: skip
         long = max(map(len, frames))
         pages = [np.hstack([np.asarray(kept[min(k, len(kept) - 1)]) for kept in frames]) for k in range(long)]
         out = folder / f"{task}.gif"
@@ -389,12 +391,12 @@ def main() -> None:
         print(f"{path} is left out: damaged, or no result of `python reproduce.py`")
     if not records:
         raise InputError(f"no results in {folder}: run `python reproduce.py --{args.preset}` first")
-    made = tables(records)
+    made = tables(records, args.preset)
     print("\n\n".join(f"{name}\n\n{text}" for name, text in made.items()))
     for page in map(Path, args.pages):
         if page.exists() and (names := fill(page, made)):
             print(f"\nwrote {', '.join(names)} into {page}")
-    drawn = draw(records, folder)
+    drawn = draw(records, folder, args.preset)
     if args.films:
         drawn += films(args.films, Path("runs") / args.preset / "reproduce", folder)
     print("\nwrote " + ", ".join(map(str, drawn)))

@@ -30,8 +30,9 @@ Where the paper is silent (all our choice):
     scenes, the same for all, and the rest of them from random weights: so LatBot has a second model, its teacher, that
     has learned names and boxes. Behaviour cloning on play gets about the time that this, stage 1 and stage 2 take
     together, and the nine tenths of play in which one arm acts. Distillation and cloning train what was pretrained at
-    three tenths of the rates of the rest, and both go on asking where things are (distill.py 8); policies at a tenth
-    (finetune.py 4), "scratch" at all of them.
+    three tenths of the rates of the rest, and both go on asking where things are (distill.py 8), on stills that "none"
+    and "scratch" do not see; so does "shuffled", which differs from LatBot in the latent actions alone. Policies train
+    it at a tenth (finetune.py 4), "scratch" at all of them.
 """
 
 import ast

@@ -413,6 +413,14 @@ def test_ranks_may_change_where_the_global_batch_does_not(tmp_path, process, tok
         common.open_run(out, args, ranks, resume=True)
     with pytest.raises(InputError, match="global batch of 16 .*one of 8: choose .* with product 16"):
         common.open_run(out, Batched(), process, resume=True)
+    @dataclasses.dataclass
+    class Asked(Batched):  # each micro-step and rank has stills of its own
+        stills: int = 1
+
+    common.open_run(str(tmp_path / "asked"), Asked(), two, resume=False)
+    (tmp_path / "asked/metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(InputError, match=r"other arguments .*'batch': \(8, 16\), 'world': \(2, 1\)"):
+        common.open_run(str(tmp_path / "asked"), Asked(batch=16), process, resume=True)
     two.gather = lambda values: [*values, "None"]  # the other rank sees no checkpoint
     model, optimizer = make_model()
     save(tmp_path / "run", 5, model, optimizer, process, tokenizer)

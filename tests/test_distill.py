@@ -380,7 +380,7 @@ def test_a_still_is_asked_as_where_the_student_began(micro):
     """The answers cost the student what they cost the model that pretrain.py trained, in its words."""
     vlm, tokenizer = common.load_vlm("paligemma-micro")
     student = distill.Student(vlm, tokenizer, (3, 2), 48).eval()
-    images, asked, answers = distill.questions(replace(distill.TINY, stills=1), 3, student)
+    images, asked, answers = distill.still_questions(replace(distill.TINY, stills=1), 3, student)
     assert images.shape == (6, 1, 3, 32, 32) and {q.split()[0] for q in asked} == {"detect", "describe"}
     batch = pretrain.encode(tokenizer, vlm.config, [(q, a[1:]) for q, a in zip(asked, answers, strict=True)])
     labels = batch.pop("labels")[:, 1:]
@@ -390,12 +390,13 @@ def test_a_still_is_asked_as_where_the_student_began(micro):
         there = F.cross_entropy(vlm.lm_head(hidden).flatten(0, 1), labels.flatten(), reduction="none")
         here = distill.nats(*student(images, asked, answers)[1:])
     close(here.sum(1), there.view_as(labels).sum(1), 1e-3)
-    again, other = (distill.questions(replace(distill.TINY, stills=1), k, student) for k in (3, 4))
+    again, other = (distill.still_questions(replace(distill.TINY, stills=1), k, student) for k in (3, 4))
     assert torch.equal(images, again[0]) and answers == again[2] and not torch.equal(images, other[0])
 
 
 def test_what_is_asked_is_learned(data, teacher_run, tmp_path):
-    """L_r is a mean over the words of phases and answers alike, and both are learned; unasked, answers are not."""
+    """L_r is a mean over the words of phases and answers alike, and both are learned; unasked, answers are not. Without
+    its weight they change nothing, and where they could not, --stills is refused."""
     costs = {}
     for stills in (0, 1):
         torch.manual_seed(0)
@@ -403,9 +404,19 @@ def test_what_is_asked_is_learned(data, teacher_run, tmp_path):
         distill.train(args, h.process())
         student = distill.load_student(tmp_path / str(stills))[0].eval()
         with torch.no_grad():
-            _, logits, words = student(*distill.questions(replace(args, stills=2), 900, student))
+            _, logits, words = student(*distill.still_questions(replace(args, stills=2), 900, student))
         costs[stills] = (distill.nats(logits, words).sum() / (words >= 0).sum()).item()
-    assert costs[1] < 0.6 * costs[0]
+    assert costs[1] < 0.6 * costs[0] and h.log(tmp_path / "1")[-1]["val_perplexity"] < 3
+    for change in ({"lambda_r": 0.0}, {"vlm_lr": 0.0}):
+        with pytest.raises(InputError, match="--stills 1 asks, .* it learns nothing of it"):
+            distill.check(replace(args, **change))
+    made = []
+    for stills in (0, 1):
+        torch.manual_seed(0)
+        mute = run_args(data, teacher_run, tmp_path / f"mute{stills}", stills=stills, lambda_r=0.0)
+        distill.train(mute, h.process())
+        made.append(common.read_tensors(tmp_path / f"mute{stills}/checkpoints/step_00000004/model.safetensors"))
+    assert all(torch.equal(made[0][name], p) for name, p in made[1].items())
 
     torch.manual_seed(0)
     teacher_args = lam.load_lam(teacher_run)[1]
@@ -413,7 +424,7 @@ def test_what_is_asked_is_learned(data, teacher_run, tmp_path):
     windows = distill.make_windows(args, teacher_args, 32, "train")
     batch = collate([windows[i] for i in range(4)])
     texts = [student(batch["first"], batch["instruction"], distill.phases(batch))[1:],
-             student(*distill.questions(args, 0, student))[1:]]  # fmt: skip
+             student(*distill.still_questions(args, 0, student))[1:]]  # fmt: skip
     mean = sum(distill.nats(*t).sum() for t in texts) / sum((words >= 0).sum() for _, words in texts)
     logged = next(line for line in h.log(tmp_path / "1") if line["step"] == 1)
     assert logged["text"] == pytest.approx(mean.item(), rel=1e-4)

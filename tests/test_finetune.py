@@ -200,21 +200,35 @@ def test_trained_are_those_with_a_gradient(micro):
 
 
 def test_a_student_that_is_asked_learns_to_answer(data, tmp_path, micro):
-    """Beside the actions, and in its last layer, too, which the expert does not read; a run goes on bit for bit. One
-    that stays as it is cannot be asked."""
-    costs = {}
+    """Beside the actions, and in its last layer, too, which the expert does not read; without --lambda-r it changes
+    nothing that the expert reads. A run goes on bit for bit. One that stays as it is cannot be asked."""
+    costs, model = {}, lambda run, step: common.read_tensors(run / f"checkpoints/step_{step:08d}/model.safetensors")
     for stills in (0, 1):
         torch.manual_seed(0)
         args = run_args(data, tmp_path / str(stills), stills=stills, steps=24, save_every=12, lr=1e-2, lambda_r=1.0)
         finetune.train(args, h.process())
         policy = finetune.load_policy(tmp_path / str(stills), compile=False)
         with torch.no_grad():
-            logits, words = policy.model.answer(*distill.questions(replace(args, stills=2), 900, policy.model.student))
+            quiz = distill.still_questions(replace(args, stills=2), 900, policy.model.student)
+            logits, words = policy.model.answer(*quiz)
         costs[stills] = (distill.nats(logits, words).sum() / (words >= 0).sum()).item()
         logged = [line for line in h.log(tmp_path / str(stills)) if "grad_norm" in line]
         assert all(("text" in line) == bool(stills) for line in logged)
+        last = "student.vlm.language_model.layers.2.mlp.down_proj.weight"
+        assert torch.equal(*(model(tmp_path / str(stills), k)[last] for k in (12, 24))) == (not stills)
     assert costs[1] < 0.6 * costs[0]
-    with pytest.raises(InputError, match="--student-lr 0 .* --stills 1"):
+    shutil.copytree(tmp_path / "1", tmp_path / "on")
+    shutil.rmtree(tmp_path / "on/checkpoints/step_00000024")
+    finetune.train(replace(args, out=str(tmp_path / "on"), resume=True), h.process())
+    assert all(torch.equal(p, model(tmp_path / "on", 24)[name]) for name, p in model(tmp_path / "1", 24).items())
+    for stills in (0, 1):
+        torch.manual_seed(0)
+        finetune.train(run_args(data, tmp_path / f"mute{stills}", stills=stills, lambda_r=0.0), h.process())
+    mute = [model(tmp_path / f"mute{stills}", 4) for stills in (0, 1)]
+    changed = {name for name, p in mute[0].items() if not torch.allclose(p, mute[1][name], rtol=1e-5, atol=1e-6)}
+    unread = (".layers.2.", "language_model.norm.", "k_proj.bias")  # decay alone; and what is but rounding
+    assert not {name for name in changed if not any(part in name for part in unread)}
+    with pytest.raises(InputError, match="--stills 1 asks, .* --student-lr 0 .* it learns nothing of it"):
         finetune.check(replace(args, student_lr=0.0))
 
 
