@@ -178,7 +178,7 @@ def test_stills_on_two_ranks(stage, world, tmp_path):
     drawn = {(seed, n): stills.stills(seed, n, 64) for seed in (distill.STILLS,) for n in range(16)}
 
     def before():
-        distill.stills = lambda seed, number, size: drawn[seed, number]
+        stills.stills = lambda seed, number, size: drawn[seed, number]
 
     more = ["--steps", 4, "--lr", 1e-3, "--stills", 1, "--batch", 1]
     forked(*stage_command(stage, world, tmp_path / "one", *more, "--accumulate", 4), before=before)
