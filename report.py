@@ -336,7 +336,11 @@ WIDE, SKIP = 272, 2  # pixels of a film in a GIF, and of how many of its frames 
 def films(unit: str, work: Path, folder: Path) -> list[Path]:
     """A GIF of each task: the first success of a unit's trials beside the first failure, or the one there is.
 
-    Raises InputError where the unit's films are not on this disk, or are not those of its results."""
+    Raises InputError where it is no unit of trials, and where its films are not on this disk, or are not those of its
+    results."""
+    known = [name for name, u in reproduce.plan(folder.name).items() if u.cell]
+    if unit not in known:
+        raise InputError(f"--films {unit} is no unit of trials: choose one of {', '.join(known)}")
     made, old = [], f"{work / unit} {work / unit}.json {folder / unit}.json"
     anew = f"to run these trials here, `rm -rf {old}` and `python reproduce.py --{folder.name} --only {unit}`"
     for task in TASKS:

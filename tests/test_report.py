@@ -149,6 +149,8 @@ def test_figures(folder, monkeypatch):
 def test_films(folder, tmp_path):
     """The first success beside the first failure, each to its end and that for a second; where there is but one kind,
     that alone. And films that are absent, or of other trials."""
+    with pytest.raises(InputError, match="--films lam_latbot is no unit of trials: choose one of trials_latbot_10, "):
+        report.films("lam_latbot", tmp_path, folder)  # whose folder nobody should be told to remove
     with pytest.raises(InputError, match="no .*video.mp4: films stay .* --only trials_latbot_10`"):
         report.films("trials_latbot_10", tmp_path, folder)
     colours = np.eye(3)  # of the first failure, the second, the success
