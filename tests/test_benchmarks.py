@@ -1,5 +1,5 @@
 """benchmarks/policy_latency.py and train_step.py: like is compared with like, and the limits are those of the model;
-localise.py: distances are of what was asked for."""
+localise.py: distances are of what was asked for; foresight.py: nothing but what was not seen is asked about."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,9 @@ import torch
 
 import common
 import distill
-from benchmarks import ceiling, localise, measure, policy_latency, train_step
+import finetune
+import lam
+from benchmarks import ceiling, foresight, localise, measure, policy_latency, train_step
 from common import InputError
 from data.stills import stills
 from franka import SimFranka, run_trial
@@ -184,3 +186,89 @@ def test_a_student_finds_what_its_model_finds(monkeypatch):
     want, got = (localise.detect(*m, images, ["red cup", "oven"], h.process())
                  for m in ((model, tokenizer), localise.load("a/run")))  # fmt: skip
     np.testing.assert_array_equal(want, got)
+
+
+@pytest.fixture(scope="module")
+def foreseeing(tmp_path_factory):
+    """A data set of two tasks, four episodes of 9 and 10 frames each; a teacher and a student, untrained."""
+    folder = tmp_path_factory.mktemp("foresight")
+    for _ in h.micro_models():
+        h.make_data(folder / "data", episodes=8, length=9)
+        h.save_lam(folder / "lam")
+        h.save_student(folder / "student", h.make_student(), lam=str(folder / "lam"), more_cameras=())
+        yield folder
+
+
+def asked_about(monkeypatch) -> list[dict]:
+    """The batches that foresight.py draws, from here on."""
+    drawn, draw = [], foresight.batches
+
+    def batches(*args):
+        for batch in draw(*args):
+            drawn.append(batch)
+            yield batch
+
+    monkeypatch.setattr(foresight, "batches", batches)
+    return drawn
+
+
+def test_what_a_student_foresees(foreseeing, monkeypatch, capsys):
+    """Where Z is read as what happens and Zhat as its contrary; and the windows are those that were asked for."""
+    drawn = asked_about(monkeypatch)
+    signs = iter([-1, 1] * 9)
+    monkeypatch.setattr(lam, "decode_actions", lambda model, current, z, index, seed: next(signs) * drawn[-1]["action"])
+    flags = ["--student", foreseeing / "student", "--data", foreseeing / "data", "--episodes", 2]
+    monkeypatch.setattr("sys.argv", ["foresight", *map(str, flags), "--json", str(foreseeing / "t.json")])
+    foresight.main()
+    rows = json.loads((foreseeing / "t.json").read_text())
+    assert [row["task"] for row in rows] == ["all", *sorted(h.TASKS)]
+    assert [row["windows"] for row in rows] == [34, 18, 16]  # of episodes of 10 and of 9 frames
+    for row in rows:
+        assert row["r"] == pytest.approx(-1) and row["r teacher"] == pytest.approx(1)
+        assert row["error"] > row["of mean"] > 0  # the student is not even centred
+    drawn.clear()
+    signs = iter([-1, 1] * 9)
+    monkeypatch.setattr("sys.argv", ["foresight", *map(str, flags), "--start", "1"])
+    foresight.main()
+    assert sorted(int(k) for batch in drawn for k in batch["index"]) == [34, 42, 51, 59]
+    assert "all" in capsys.readouterr().out
+
+
+def test_what_a_policy_would_do(foreseeing, monkeypatch):
+    """One that does as the demonstrations do, in its own units, is off by nothing; one that does a tenth more, by a
+    tenth."""
+    torch.manual_seed(0)
+    model = finetune.VLA(h.make_student(), "tiny", 4, 2)
+    scale = model.action_norm.scale
+    scale.copy_(torch.linspace(0.3, 2, len(scale)))
+    drawn, seen = asked_about(monkeypatch), []
+    args = replace(finetune.TINY, data=(str(foreseeing / "data"),), chunk=4, cameras=("primary", "wrist"))
+    windows = finetune.make_windows(replace(args, val_every=0), 32, "all")
+
+    def forward(images, state, instructions, more=1.0):
+        seen.append(state)
+        return model.action_norm.normalize(windows.action_norms[0].unnormalize(drawn[-1]["action"]) * more)
+
+    monkeypatch.setattr(finetune, "load_policy", lambda *_, **__: type("Policy", (), {"model": model}))
+    monkeypatch.setattr(common, "find_checkpoint", lambda *_: None)
+    monkeypatch.setattr(common, "load_meta", lambda *_: None)
+    monkeypatch.setattr(common, "load_args", lambda *_: args)
+    asked = foresight.Args(policy="a", data=str(foreseeing / "data"))
+    model.forward = forward
+    for row in foresight.of_policy(asked, h.process()):
+        assert row["mm"] == pytest.approx(0, abs=1e-3) and row["r"] == pytest.approx(1) and row["of"] > 5
+    # States, too, are in the policy's units: here those of metres and shares.
+    reader = windows.readers[0]
+    true = torch.stack([torch.from_numpy(reader.episode(0)["state"][t]) for t in range(3)])
+    nearest = torch.cdist(true.float(), torch.cat(seen).float()).min(1).values
+    assert nearest.max() < 1e-3
+    model.forward = lambda *of: forward(*of, more=1.1)
+    for row in foresight.of_policy(asked, h.process()):
+        assert row["mm"] == pytest.approx(row["of"] / 10, rel=1e-3) and row["r"] == pytest.approx(1)
+
+
+def test_foresight_of_videos(foreseeing):
+    windows = finetune.make_windows(replace(finetune.TINY, data=(str(foreseeing / "data"),), val_every=0), 32, "all")
+    windows.readers[0].action_names = ()
+    with pytest.raises(InputError, match="has no actions"):
+        next(foresight.batches(windows, foresight.Args(), h.process()))
