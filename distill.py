@@ -45,8 +45,10 @@ Where we depart from the paper, or fill in what it does not say:
     the wrist's, where a data set has one; elsewhere that view is masked, as in pi0.5.
  8. L_r is there so that the student keeps what it could do. What one that began with `pretrain.py` could do is to say
     where things are, and phases do not ask for that: within 160 steps it is gone (results/LOG.md). With --stills, still
-    scenes and pretrain.py's questions about them are a part of L_r, and --vlm-lr is a smaller rate for what has learned
-    before. The answers' loss is that of any other text. Off in every preset; `reproduce.py` turns both on.
+    scenes and pretrain.py's questions about them are a part of L_r; the answers' loss is that of any other text.
+    --vlm-lr is a smaller rate for what has learned before, --vision-lr for the eyes alone, which lose most: the paper
+    trains all parameters, at a rate that suits pretrained ones. Off in every preset; `reproduce.py` asks and leaves the
+    eyes as they are.
  9. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
     else, the subtask text and what validation measures among it, stays as it is.
 """
@@ -116,6 +118,8 @@ class Args:
     vlm_lr: float = 1.0
     """Learning rates of the vision-language model as a share of those of the latent queries and their map. Below 1
     where it was pretrained and the rates are those of random weights. (our choice)"""
+    vision_lr: float = 1.0
+    """Learning rates of its vision encoder as a share of the rest of it; at 0 it stays as it is. (our choice)"""
     warmup: int = 2000
     """Warm-up steps. (Sec. 6.3)"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -559,6 +563,7 @@ def train(args: Args, process: Process) -> None:
     teacher = teacher.to(process.device).eval().requires_grad_(False)
     tokens, latent_dim = (teacher_args.scene_tokens, teacher_args.motion_tokens), teacher_args.latent_dim
     student = build(args, tokens, latent_dim, kept).to(process.device).train()
+    student.vlm.vision_tower.requires_grad_(args.vision_lr > 0)
     windows = make_windows(args, teacher_args, student.image_size, "train")
     held_out = make_windows(args, teacher_args, student.image_size, "val") if args.val_every else windows
     check_texts(student, windows)
@@ -587,7 +592,8 @@ def train(args: Args, process: Process) -> None:
         print(f"parameters: student {count(student):.2f} M, teacher {count(teacher.encoder):.2f} M (frozen); "
               f"commit {common.git_commit()}")  # fmt: skip
     shard(student, teacher, process)
-    optimizer = common.Optimizers(student, args, {"vlm.": args.vlm_lr})
+    shares = {"vlm.vision_tower.": args.vlm_lr * args.vision_lr, "vlm.": args.vlm_lr}
+    optimizer = common.Optimizers(student, args, shares)
     if kept:
         common.load_optimizer(student, optimizer, kept)
     log = common.MetricsLog(run, start, args.steps, process, "distill")
@@ -648,7 +654,7 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, lambda_r=0, vlm_lr=0, stills=0)
+    common.at_least(args, lambda_r=0, vlm_lr=0, vision_lr=0, stills=0)
     if args.stills and not args.vlm_lr * args.lambda_r:
         raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --vlm-lr "
                          f"{args.vlm_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "

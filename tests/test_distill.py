@@ -439,6 +439,30 @@ def test_the_model_may_learn_more_slowly_than_the_queries(data, teacher_run, tmp
         assert torch.equal(p, later[name]) == name.startswith("vlm."), name
 
 
+def test_the_eyes_may_learn_more_slowly_than_the_rest(data, teacher_run, tmp_path, monkeypatch):
+    """At a share of 0 the vision encoder stays as it is, at a tenth it learns that much in the first step, and the rest
+    learns as ever."""
+    moved, start, build = {}, {}, distill.build
+
+    def watched(*args):
+        student = build(*args)
+        start.update({name: p.detach().clone() for name, p in student.named_parameters()})
+        return student
+
+    monkeypatch.setattr(distill, "build", watched)
+    for share in (0.0, 0.1, 1.0):
+        torch.manual_seed(0)
+        args = run_args(data, teacher_run, tmp_path / str(share), muon=1e-2, vision_lr=share, clip=1e9)
+        distill.train(replace(args, steps=1, save_every=1), h.process())
+        later = common.read_tensors(tmp_path / str(share) / "checkpoints/step_00000001/model.safetensors")
+        moved[share] = {name: (later[name] - p).norm().item() for name, p in start.items()}
+    for name, whole in moved[1.0].items():
+        share = 0.1 if name.startswith("vlm.vision_tower.") else 1.0
+        assert moved[0.1][name] == pytest.approx(share * whole, rel=0.02, abs=1e-5), name
+        assert moved[0.0][name] == (0 if share < 1 else pytest.approx(whole, rel=1e-3)), name
+        assert whole > 1e-4 or name.endswith("k_proj.bias"), name  # softmax does not see what is added to all keys
+
+
 def test_shuffle(data, teacher_run, tmp_path, monkeypatch):
     """The student is taught Z of the whole clip and the subtask's text, or with --shuffle other samples' Z and its own
     text; validation is as ever."""
