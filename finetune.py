@@ -127,6 +127,8 @@ class Args:
     """Learning rate at the last step of the cosine. (Sec. 6.3)"""
     student_lr: float = 1.0
     """The student's learning rates as a share of the expert's; at 0 it stays as it is. (our choice)"""
+    vision_lr: float = 1.0
+    """Those of its vision encoder as a share of the rest of it; at 0 that stays as it is. (our choice)"""
     warmup: int = 1000
     """Warm-up steps. (our choice)"""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -692,8 +694,9 @@ def train(args: Args, process: Process) -> None:
     model.action_mask.copy_(torch.tensor([n in reader.action_names for n in ACTION_NAMES]))  # the same of all
     model.state_mask.copy_(torch.tensor([n in reader.state_names for n in STATE_NAMES]))
     model.freeze_unread(args.stills > 0)
-    if not args.student_lr:
-        model.student.requires_grad_(False)  # nor are its gradients computed
+    for part, rate in ((model.student, args.student_lr), (model.student.vlm.vision_tower, args.vision_lr)):
+        if not rate:
+            part.requires_grad_(False)  # nor are its gradients computed
     distill.check_instructions(windows)
     model.student.prompts([windows.longest_instruction()], len(args.cameras))  # too long: rather said now than later
     start, tally = 0, {"bad": 0, "skipped": 0}
@@ -713,7 +716,8 @@ def train(args: Args, process: Process) -> None:
               f"expert {count(model.expert):.2f} M from {named}{at['expert']}, "
               f"trained {count(model, trained=True):.2f} M; commit {common.git_commit()}")  # fmt: skip
     shard(model, process)
-    optimizer = common.Optimizers(model, args, {"student.": args.student_lr})
+    shares = {"student.vlm.vision_tower.": args.student_lr * args.vision_lr, "student.": args.student_lr}
+    optimizer = common.Optimizers(model, args, shares)
     if kept:
         common.load_optimizer(model, optimizer, kept)
     mean = mean_action(windows)
@@ -788,7 +792,8 @@ def export(run: str, out: str) -> None:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0, stills=0, lambda_r=0)
+    common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0, vision_lr=0, stills=0,
+                    lambda_r=0)  # fmt: skip
     if args.stills and not args.student_lr * args.lambda_r:
         raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --student-lr "
                          f"{args.student_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "

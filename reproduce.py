@@ -128,7 +128,8 @@ _ASKED = f"{_SHORT} --stills 1"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 2400 --stills 4 --vision-lr 0", "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0"}),
+        "distill": "--steps 2400 --stills 4 --vision-lr 0",
+        "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),

@@ -173,14 +173,14 @@ def test_a_student_of_its_own_rate_on_two_ranks(world, tmp_path):
 
 @pytest.mark.parametrize("stage", ["distill", "finetune"])
 def test_stills_on_two_ranks(stage, world, tmp_path):
-    """Two ranks are asked about the stills that one is asked about in twice as many micro-steps. They are drawn here: a
-    forked process has no threads to draw with."""
+    """Two ranks are asked about the stills that one is asked about in twice as many micro-steps, with eyes that stay as
+    they are. The stills are drawn here: a forked process has no threads to draw with."""
     drawn = {(seed, n): stills.stills(seed, n, 64) for seed in (distill.STILLS,) for n in range(16)}
 
     def before():
         stills.stills = lambda seed, number, size: drawn[seed, number]
 
-    more = ["--steps", 4, "--lr", 1e-3, "--stills", 1, "--batch", 1]
+    more = ["--steps", 4, "--lr", 1e-3, "--stills", 1, "--vision-lr", 0, "--batch", 1]
     forked(*stage_command(stage, world, tmp_path / "one", *more, "--accumulate", 4), before=before)
     forked_ranks(*stage_command(stage, world, tmp_path / "two", *more, "--accumulate", 2), before=before)
     assert metrics(tmp_path / "one")[1]["text"] > 2

@@ -836,19 +836,32 @@ def test_the_expert_of_a_policy(data, overfitted, tmp_path):
         finetune.build(run_args("", "", **like | {"expert": str(run)}))
 
 
-def test_a_student_that_stands_still(data, tmp_path, monkeypatch):
-    """At a share of 0 of the learning rates, while the expert learns; no gradients of its are computed."""
-    make, trained = common.Optimizers, []
+@pytest.mark.parametrize("flag,still", [("student_lr", "student."), ("vision_lr", "student.vlm.vision_tower.")])
+def test_what_stands_still(flag, still, data, tmp_path, monkeypatch):
+    """At a share of 0 of the learning rates, while all else learns; no gradients of its are computed. At a share of a
+    tenth its first step is a tenth as long."""
+    make, trained, start, build = common.Optimizers, [], {}, finetune.build
     monkeypatch.setattr(common, "Optimizers", lambda model, *rest: make(trained.append(model) or model, *rest))
-    args = run_args(data, tmp_path / "run", steps=1, save_every=1, student_lr=0.0, muon=1e-2)
-    torch.manual_seed(0)
-    old = finetune.build(args).named_parameters()
-    torch.manual_seed(0)
-    finetune.train(args, h.process())
-    new = dict(finetune.load_policy(tmp_path / "run").model.named_parameters())
-    for name, p in old:
-        assert torch.equal(p, new[name]) == name.startswith("student."), name
-    assert {n.startswith("student.") for n, p in trained[0].named_parameters() if p.requires_grad} == {False}
+
+    def watched(*args):
+        model = build(*args)
+        start.update({name: p.detach().clone() for name, p in model.named_parameters()})
+        return model
+
+    monkeypatch.setattr(finetune, "build", watched)
+    moved = {}
+    for share in (0.0, 0.1, 1.0):
+        torch.manual_seed(0)
+        run = tmp_path / str(share)
+        finetune.train(run_args(data, run, steps=1, save_every=1, muon=1e-2, clip=1e9, **{flag: share}), h.process())
+        new = common.read_tensors(run / "checkpoints/step_00000001/model.safetensors")
+        moved[share] = {name: (new[name] - p).norm().item() for name, p in start.items()}
+    for name, whole in moved[1.0].items():
+        share = 0.1 if name.startswith(still) else 1.0
+        assert moved[0.1][name] == pytest.approx(share * whole, rel=0.02, abs=1e-5), name
+        assert moved[0.0][name] == (0 if share < 1 else pytest.approx(whole, rel=1e-3)), name
+    assert all(n.startswith(still) for n in start if moved[1.0][n] > 1e-4 and not moved[0.0][n])
+    assert not any(n.startswith(still) for n, p in trained[0].named_parameters() if p.requires_grad)
 
 
 def test_wrong_checkpoints(tmp_path):
