@@ -259,14 +259,16 @@ class Student(nn.Module):
         return torch.cat(parts, 1), group, valid, positions.clamp(min=0)
 
     def forward(
-        self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None, seen: Tensor | None = None
-    ):
+        self, images: Tensor, instructions: list[str], subtasks: list[str] | None = None, seen: Tensor | None = None,
+        latents: bool = True,
+    ):  # fmt: skip
         """images uint8 (B, K, 3, H, H) -> Zhat (B, N, D), and with `subtasks` also the logits (B, S, vocabulary) that
         predict their tokens, and the tokens themselves (B, S), -100 where there is none.  (Eq. 3)
+        Without `latents` Zhat is (B, 0, D), and the logits are the same: the text does not see the queries.
 
         Raises InputError for texts that do not fit into the model's context."""
-        embeds, group, valid, positions = self.prefix(images, instructions, seen=seen)
-        n, before = len(self.queries), embeds.shape[1]
+        embeds, group, valid, positions = self.prefix(images, instructions, latents, seen)
+        n, before = len(self.queries) * latents, embeds.shape[1]
         if subtasks is not None:
             ids, written = self.ids(subtasks, end=self.tokenizer.eos_token)  # (B, S)
             if before + ids.shape[1] - 1 > (limit := self.config.text_config.max_position_embeddings):
@@ -624,7 +626,7 @@ def train(args: Args, process: Process) -> None:
                 totals[k] = totals.get(k, 0) + v / args.accumulate
         for quiz in asked:
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
-                _, logits, target = student(*quiz)
+                _, logits, target = student(*quiz, latents=False)
                 text = nats(logits, target).sum() / n_words
             (args.lambda_r * text).backward()
             totals["text"] = totals["text"] + text.detach()

@@ -272,7 +272,7 @@ class VLA(nn.Module):
     def answer(self, images: Tensor, questions: list[str], answers: list[str]) -> tuple[Tensor, Tensor]:
         """What the student would say: logits (B, S, vocabulary), and the tokens of the answers (B, S), -100 where there
         is none. images: uint8 (B, 1, 3, H, H)."""
-        return self.student(images, questions, answers)[1:]
+        return self.student(images, questions, answers, latents=False)[1:]
 
     def forward(self, images: Tensor, state: Tensor, instructions: list[str] | tuple[Tensor, Tensor]) -> Tensor:
         """images uint8 (B, K, 3, H, H), state (B, 46) normalised, instructions as texts or as `Student.prompts` gives

@@ -124,6 +124,9 @@ def test_who_sees_whom(student):
     student.queries.copy_(kept)
     close(logits, logits2)
     assert (z - z2).abs().max() > 0.1
+    nothing, logits2, _ = student(images, [SHORT, LONG], texts, latents=False)
+    close(logits, logits2)
+    assert nothing.shape == (2, 0, z.shape[2])
     for changed in ((h.pictures(2, seed=1), [SHORT, LONG]), (images, [LONG, SHORT])):
         z3, logits3, _ = student(*changed, texts)
         assert ((z - z3).abs().amax((1, 2)) > 1e-3).all() and ((logits - logits3).abs().amax((1, 2)) > 1e-3).all()
