@@ -5,6 +5,7 @@ before it sees a robot. Those of --small know nothing, and no method can foresee
 from rendered still scenes (`data.stills`), in PaliGemma's own words:
 
     image, "detect red cube ; gripper"   -->   "red cube <loc0400><loc0312><loc0456><loc0368> ; gripper <loc....> x 4"
+    image, "detect lift the red cube"    -->   "red cube <loc0400><loc0312><loc0456><loc0368>"
     image, "describe"                    -->   "gripper <loc....> x 4 ; red cube <loc....> x 4", from left to right
 
     python pretrain.py --small --model paligemma-small      the student of stage 2
@@ -17,9 +18,10 @@ Reads nothing: scenes are drawn as they are needed (--pool keeps them). Writes r
 args.json, metrics.jsonl, checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
 
 All of it is our choice:
- 1. Half of the questions ask for up to five things, half for all that is there. Where no other thing has its noun, a
-    thing is at times asked for without its colour. Unlike PaliGemma's, answers name a thing before they say where it
-    is: the places then follow the words that they belong to, which is learned faster.
+ 1. Three tenths of the questions ask for up to five things, three for all that is there, and four for those that a
+    sentence speaks of: latent queries, too, have to find what an instruction is about. Where no other thing has its
+    noun, a thing is at times asked for without its colour. Unlike PaliGemma's, answers name a thing before they say
+    where it is: the places then follow the words that they belong to, which is learned faster.
  2. <loc0000>, <loc0008> ... <loc1016> are 128 places between two edges of the image; the target is blurred over the
     next places, since a cross-entropy does not know that numbers have an order. Words and places weigh alike.
  3. Muon instead of AdamW for the layers' matrices: it gets as far in half the steps.
@@ -48,7 +50,7 @@ from torch import Tensor, nn
 import common
 from common import InputError, Process
 from data.scenes import COLOURS
-from data.stills import NOUNS, Still, ask, stills
+from data.stills import KINDS, NOUNS, Still, ask, stills
 
 # Shapes: B stills, H x H pixels, L tokens, P places asked for.
 
@@ -176,15 +178,15 @@ def drawn(seed: int, number: int, size: int) -> bytes:
     return zlib.compress(pickle.dumps(stills(seed, number, size)), 1)
 
 
-def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: Any, detect: bool | None = None):
+def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: Any, kind: str = ""):
     """A step's images, uint8 (B, 3, H, H), and what `encode` makes of questions about them: a function of (seed, step).
-    detect: the kind of question; None mixes them."""
+    kind: of the questions, one of stills.KINDS; "" mixes them."""
     rng = np.random.default_rng([seed, step])
     numbers = np.arange(step * args.scenes, (step + 1) * args.scenes)
     kept = (lambda n: pickle.loads(zlib.decompress(drawn(seed, n, size)))) if args.pool else (
         lambda n: stills(seed, n, size))  # fmt: skip
     shown = [still for n in (numbers % args.pool if args.pool else numbers).tolist() for still in kept(n)]
-    asked = [ask(still, rng, bool(rng.random() < 0.5) if detect is None else detect) for still in shown]
+    asked = [ask(still, rng, kind) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
     return images, encode(tokenizer, config, asked) | {"patches": labels}
@@ -242,26 +244,27 @@ class Pretraining(nn.Module):
 @torch.no_grad()
 def validate(model: nn.Module, args: Args, process: Process, size: int, tokenizer: Any, first: int) -> dict[str, float]:
     """On unseen scenes: the losses; the distance in pixels of a box's upper left corner from the true one, its median,
-    asked for by name and (`described`) where all is told; and the share of the former nearer than 2 % of the image's
-    side. The lower right corner is left out: asked for with the true upper left one given, it is easy. What is found
-    without any such help is what `benchmarks/localise.py` measures."""
+    asked for by name, where all is told (`described`) and where a sentence speaks of it (`referred`); and the share of
+    the first nearer than 2 % of the image's side. The lower right corner is left out: asked for with the true upper
+    left one given, it is easy. What is found without any such help is what `benchmarks/localise.py` measures."""
     model.eval()
-    found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", "distance", "described")}
+    found: dict[str, list[Tensor]] = {k: [] for k in ("words", "places", "patches", *KINDS)}
     for k in range(0, args.val_scenes, args.scenes):
-        for detect in (True, False):
-            images, batch = draw(args.seed + UNSEEN, k, args, size, tokenizer, model.config, detect)
+        for kind in KINDS:
+            images, batch = draw(args.seed + UNSEEN, k, args, size, tokenizer, model.config, kind)
             images, batch = images.to(process.device), {k: v.to(process.device) for k, v in batch.items()}
             with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
                 words, places, expected, true, dense = model(images, batch, first)
             off = (expected - true).float().view(-1, 4)[:, :2].norm(dim=-1) * size / common.PLACES
-            found["distance" if detect else "described"].append(off)
-            if detect:
+            found[kind].append(off)
+            if kind == "detect":
                 for name, value in (("words", words), ("places", places), ("patches", dense)):
                     found[name].append(value)
     model.train()
-    distance, described = torch.cat(found["distance"]), torch.cat(found["described"])
+    distance, described, referred = (torch.cat(found[kind]) for kind in ("detect", "describe", "refer"))
     means = {f"val_{k}": torch.stack(found[k]).mean().item() for k in ("words", "places", "patches")}
     means |= {"val_pixels": distance.median().item(), "val_described": described.median().item()}
+    means |= {"val_referred": referred.median().item()}
     return means | {"val_near": (distance < 0.02 * size).float().mean().item()}
 
 

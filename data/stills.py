@@ -37,6 +37,11 @@ NOUNS = (*GRASPABLE, "tray", "box", "basket", "plate", "platform", *HOUSEHOLD, "
 LARGE = ("oven", "cabinet")  # one of them in a scene, behind the rest
 ASKED = 5  # things at most that a question names
 PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
+KINDS = {"detect": 0.3, "describe": 0.3, "refer": 0.4}  # shares of the questions, see `ask`
+SENTENCES = ("lift the {}", "grab the {}", "turn the {}", "push the {} forwards", "push the {} to the left",
+             "move the {} to the right", "set the {} down on the {}", "carry the {} to the {}",
+             "move the {} into the {}", "drop the {} in the {}", "stack the {} on top of the {}",
+             "push the {} over to the {}")  # fmt: skip
 SHARES = {"fr3": 0.85, "sixaxis": 0.05, "gripper": 0.05, "hands": 0.05}  # of the scenes
 
 
@@ -256,20 +261,35 @@ def look(scene: World, eyes: Cameras, words: list[str], owner: np.ndarray) -> li
     return made
 
 
-def ask(still: Still, rng: np.random.Generator, detect: bool) -> tuple[str, str]:
-    """A question about a still, and the answer, as `pretrain.py` describes them. detect: the kind of question."""
+def ask(still: Still, rng: np.random.Generator, kind: str = "") -> tuple[str, str]:
+    """A question about a still, and the answer: `kind` is one of KINDS, or drawn by their shares.
+
+    detect      some names                            each with its place
+    describe    nothing but "describe"                all that is there with its place, from left to right
+    refer       what one could say to a robot,        the names in it with their places, as phrases are grounded in
+                about one thing or two                images; not with the verbs of the five tasks' instructions"""
+    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
-        return ("detect gripper" if detect else "describe"), "nothing"
-    if detect:
+        return ("describe" if kind == "describe" else "detect gripper"), "nothing"
+    things = [(name, box) for name, box in still.things if kind != "refer" or not name.endswith(("gripper", "hand"))]
+    if not things:
+        return ask(still, rng, "detect")
+    if kind == "describe":
+        asked = sorted(things, key=lambda thing: thing[1][1])
+    else:
         nouns = [name.split()[-1] for name, _ in still.things]
-        brief = [noun if nouns.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
-        asked = [(brief[i] or still.things[i][0], still.things[i][1]) for i in rng.permutation(len(nouns))]
+        brief = lambda name: name.split()[-1] if nouns.count(name.split()[-1]) == 1 and rng.random() < PLAIN else name
+        asked = [(brief(things[i][0]), things[i][1]) for i in rng.permutation(len(things))]
+    question = kind
+    if kind == "detect":
         asked = asked[: rng.integers(1, ASKED + 1)]
-        names = " ; ".join(name for name, _ in asked)
-        return f"detect {names}", " ; ".join(f"{name} {place(box)}" for name, box in asked)
-    ordered = sorted(still.things, key=lambda thing: thing[1][1])
-    return "describe", " ; ".join(f"{name} {place(box)}" for name, box in ordered)
+        question = f"detect {' ; '.join(name for name, _ in asked)}"
+    if kind == "refer":
+        said = str(rng.choice([s for s in SENTENCES if s.count("{}") <= len(asked)]))
+        asked = asked[: said.count("{}")]
+        question = f"detect {said.format(*(name for name, _ in asked))}"
+    return question, " ; ".join(f"{name} {place(box)}" for name, box in asked)
 
 
 def sheet(path: Path, seed: int = 0, size: int = 96, scale: int = 2, columns: int = 8, rows: int = 3) -> None:
