@@ -49,7 +49,9 @@ Where we depart from the paper, or fill in what it does not say:
     --vlm-lr is a smaller rate for what has learned before, --vision-lr for the eyes alone, which lose most: the paper
     trains all parameters, at a rate that suits pretrained ones. Off in every preset; `reproduce.py` asks and leaves the
     eyes as they are.
- 9. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
+ 9. With --starts a share of the windows begins with its episode. Elsewhere the hand on its way already says where it
+    is going, and a student can foresee that without looking for what the instruction names (results/LOG.md).
+10. --shuffle is a control that must not help a policy: the student is taught the latent actions of other samples. All
     else, the subtask text and what validation measures among it, stays as it is.
 """
 
@@ -100,6 +102,9 @@ class Args:
     """Weight of the reasoning preservation loss L_r. (Eq. 6)"""
     more_cameras: tuple[str, ...] = ()
     """Cameras that the student sees beside the teacher's; masked in data sets that lack them. (our choice)"""
+    starts: float = 0.0
+    """Share of the training windows that begin within an episode's first four frames, where what is going to happen is
+    known from what is seen and said alone; the others begin anywhere. (our choice)"""
     stills: int = 0
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them: a part of L_r,
     so that a student that began there keeps what it knew. 0: none, as in Sec. 3.3. (our choice)"""
@@ -472,7 +477,7 @@ def make_windows(args: Args, teacher_args: Any, image_size: int, split: str) -> 
     seed = args.seed + (1 if split == "train" else 10_001)  # other windows than stage 1 drew
     sources, weights = mixture.expand(args.data, args.weights)
     return Windows(sources, views, t.frames - 1, t.hz, seed, weights, split if args.val_every else "all",
-                   args.val_every, preload=args.preload)  # fmt: skip
+                   args.val_every, preload=args.preload, starts=args.starts * (split == "train"))  # fmt: skip
 
 
 def first_frames(batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:

@@ -105,6 +105,9 @@ class Args:
     """Actions per second; faster data are strided. (our choice)"""
     latents: tuple[int, int] = (64, 64)
     """Scene and motion queries where --init is no distilled student (one brings its own). (Sec. 4.1)"""
+    starts: float = 0.0
+    """Share of the training windows that begin within an episode's first four frames, where what is going to happen is
+    known from what is seen and said alone; the others begin anywhere. (our choice)"""
     augment: bool = False
     """Shift the training images by up to 6 % and vary brightness and contrast. (our choice)"""
     state_noise: float = 0.0
@@ -601,7 +604,7 @@ def make_windows(args: Args, image_size: int, split: str) -> Windows:
     wanted = {camera: View(camera, 1, image_size) for camera in args.cameras}
     seed = args.seed + (2 if split == "train" else 10_002)
     windows = Windows(args.data, wanted, args.chunk, args.hz, seed, (), split if args.val_every else "all",
-                      args.val_every, args.episodes, args.preload)  # fmt: skip
+                      args.val_every, args.episodes, args.preload, args.starts * (split == "train"))  # fmt: skip
     if video := [reader.source for reader in windows.readers if not reader.action_names]:
         raise InputError(f"--data {video} has no actions, and of videos alone a policy learns nothing: leave it to "
                          f"lam.py and distill.py, or name the columns of actions in a mapping")  # fmt: skip

@@ -29,10 +29,10 @@ Where the paper is silent (all our choice):
     "scratch", without it says what it is worth. Latent action models start from a vision encoder that has seen still
     scenes, the same for all, and the rest of them from random weights: so LatBot has a second model, its teacher, that
     has learned names and boxes. Behaviour cloning on play gets about the time that this, stage 1 and stage 2 take
-    together, and the nine tenths of play in which one arm acts. Distillation and cloning train what was pretrained at
-    three tenths of the rates of the rest, and both go on asking where things are (distill.py 8), on stills that "none"
-    and "scratch" do not see; so does "shuffled", which differs from LatBot in the latent actions alone. Policies train
-    it at a tenth (finetune.py 4), "scratch" at all of them.
+    together, and the nine tenths of play in which one arm acts. Distillation and cloning leave the vision encoder as
+    it is, and both go on asking where things are (distill.py 8), on stills that "none" and "scratch" do not see; so
+    does "shuffled", which differs from LatBot in the latent actions alone. Half of their windows begin with their
+    episodes (distill.py 9). Policies train the student at a tenth of the rates (finetune.py 4), "scratch" at all.
 """
 
 import ast
@@ -130,8 +130,8 @@ PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "see": "--steps 5000", "pretrain": "--steps 6000 --sight 0.5",
         "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 2400 --stills 4 --vision-lr 0",
-        "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0"}),
+        "distill": "--steps 5000 --stills 3 --vision-lr 0 --starts 0.5",
+        "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0 --starts 0.5"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "see": "--steps 4 --save-every 2", "pretrain": "--steps 4 --save-every 2", "lam": _SHORT,
         "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,

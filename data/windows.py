@@ -25,6 +25,8 @@ from common import ACTION_NAMES, InputError, Process, load_meta, noise, seen_fro
 from data.lerobot import DamagedEpisode, LeRobotReader
 from data.quantiles import stride_for
 
+BEGINNING = 4  # frames of an episode that count as its beginning (our choice)
+
 
 @dataclass(frozen=True)
 class View:
@@ -56,19 +58,23 @@ class Windows(torch.utils.data.Dataset):
         damaged       str: what was passed over to find this window, a line each
 
     split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many of each
-    task (see LeRobotReader.task_names), so that fewer are a part of more."""
+    task (see LeRobotReader.task_names), so that fewer are a part of more. starts: the share of the windows that begin
+    within the first BEGINNING frames of an episode, all episodes alike, instead of at one of all frames: nothing moves
+    there yet, and what will happen is known only from what is seen and said."""
 
     def __init__(
         self, sources: Sequence[str | Path], views: dict[str, View], actions: int, hz: float, seed: int,
         weights: Sequence[float] = (), split: str = "all", val_every: int = 10, episodes: int = 0,
-        preload: bool = False,
+        preload: bool = False, starts: float = 0.0,
     ):  # fmt: skip
         if not sources:
             raise InputError("no data: give at least one data set with --data PATH")
         if weights and (len(weights) != len(sources) or min(weights) < 0 or sum(weights) <= 0):
             raise InputError(f"--weights {list(weights)} for {len(sources)} --data sets: give each one, not all zero")
+        if not 0 <= starts <= 1:
+            raise InputError(f"--starts {starts:g} is a share of the windows: give 0 to 1")
         self.readers = [LeRobotReader(s) for s in sources]
-        self.views, self.actions, self.seed = views, actions, seed
+        self.views, self.actions, self.seed, self.starts = views, actions, seed, starts
         self.strides = [stride_for(r.fps, hz) for r in self.readers]
         norms = [r.normalizers(s) for r, s in zip(self.readers, self.strides, strict=True)]
         self.action_norms, self.state_norms = [n[0] for n in norms], [n[1] for n in norms]
@@ -157,11 +163,20 @@ class Windows(torch.utils.data.Dataset):
         while len(damaged) < 100:
             rng = np.random.default_rng([self.seed, index, len(damaged)])
             try:
-                sample = self.window(d, int(rng.integers(self.ends[d][-1])), pictures)
+                sample = self.window(d, self.pick(d, rng), pictures)
                 return sample | {"index": index, "damaged": "\n".join(damaged)}
             except DamagedEpisode as error:
                 damaged.append(" ".join(str(error).split()))
         raise InputError(f"100 draws in a row fell on damaged episodes, the last: {damaged[-1]}")
+
+    def pick(self, d: int, rng: np.random.Generator) -> int:
+        """The number of a window of data set d, at random."""
+        ends = self.ends[d]
+        if not self.starts or rng.random() >= self.starts:
+            return int(rng.integers(ends[-1]))
+        episode = rng.integers(len(ends))
+        first = ends[episode - 1] if episode else 0
+        return int(first + rng.integers(min(BEGINNING, ends[episode] - first)))
 
     def choose(self, index: int) -> int:
         """The data set of sample `index`: steps of the golden ratio through [0, 1), from a place that the seed gives.

@@ -323,7 +323,7 @@ def test_windows_refuse(dataset, tmp_path):
         ({"sources": []}, "no data"), ({"weights": [1, 2]}, "--weights"), ({"weights": [0.0]}, "--weights"),
         ({"views": {"x": View("front", 1, 32)}}, "no camera 'front'"), ({"hz": 3}, "--stride 3"),
         ({"views": {"x": View("front", 1, 32, optional=True)}}, r"no data set has a camera \['front'\], they have"),
-        ({"episodes": 6}, "5 episodes of '.*', fewer than 6"),
+        ({"episodes": 6}, "5 episodes of '.*', fewer than 6"), ({"starts": 1.5}, "--starts 1.5 is a share"),
         ({"split": "val", "val_every": 20}, "leave none for the val split"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=text):
@@ -577,6 +577,22 @@ def test_so_many_episodes_of_each_task(tmp_path, episodes):
     assert chosen(0) == list(range(11))
     with pytest.raises(InputError, match="5 episodes of 'oven', fewer than 6"):
         chosen(6)
+
+
+def test_a_share_of_the_windows_begins_with_its_episode(dataset):
+    """All episodes alike in that share, whatever their length, and without it the stream is the one of before."""
+
+    def starts(**kw) -> np.ndarray:
+        windows = Windows([dataset], {}, 1, 10, 0, **kw)
+        drawn = np.array([windows.draw(i, pictures=False)["window"] for i in range(2000)])
+        at = np.searchsorted(windows.ends[0], drawn, side="right")
+        return np.stack([at, drawn - np.concatenate([[0], windows.ends[0]])[at]], 1)
+
+    assert np.array_equal(starts(), starts(starts=0.0))
+    usual, half, all_ = ((starts(starts=s)[:, 1] < 4).mean() for s in (0.0, 0.5, 1.0))
+    assert all_ == 1 and abs(half - (1 + usual) / 2) < 0.05
+    at = starts(starts=1.0)
+    assert set(at[:, 1]) == {0, 1, 2, 3} and (np.abs(np.bincount(at[:, 0]) / 200 - 1) < 0.35).all()
 
 
 # -- v2.1, mappings, statistics -----------------------------------------------------------------------------------
