@@ -683,26 +683,6 @@ def know_neighbours(model: nn.Module) -> None:
         positions.data.copy_(0.5 * sinusoids(vision.image_size // vision.patch_size, vision.hidden_size))
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs) -> tuple[Tensor, None]:
-    """Hugging Face's "sdpa" attention: query (B, heads, L, d), key and value (B, key-value heads, S, d), mask broadcast
-    to (B, heads, L, S) -> (B, L, heads, d). In bfloat16 on a CPU PyTorch's own takes three times as long as one product
-    for all heads that share keys and values. Everything else is left to it."""
-    groups, mask = key.shape[1], attention_mask
-    shared = groups < query.shape[1] and mask is not None and mask.shape[1] == 1
-    if not shared or query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    b, heads, length, d = query.shape
-    fold = lambda x: x.reshape(b * groups, -1, d)  # the heads of a group, one behind the other
-    scores = (fold(query) * (d**-0.5 if scaling is None else scaling)) @ fold(key).mT
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, torch.finfo(scores.dtype).min)
-    scores = scores.view(b, heads, length, -1) + mask.to(scores.dtype)
-    out = scores.softmax(-1).view(b * groups, -1, scores.shape[-1]).to(value.dtype) @ fold(value)
-    return out.view(b, heads, length, d).transpose(1, 2), None
-
-
 def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None = None):
     """A vision-language model and its tokenizer: `(model, tokenizer)`.
 
@@ -715,7 +695,6 @@ def load_vlm(source: str, config: dict | None = None, tokenizer_dir: Path | None
     import transformers as tf
 
     tf.logging.set_verbosity_error()
-    tf.AttentionInterface.register("sdpa", grouped_attention)
     classes = {"internvl": tf.InternVLForConditionalGeneration, "paligemma": tf.PaliGemmaForConditionalGeneration}
     if config is not None:
         kind = classes[config["model_type"]]

@@ -79,6 +79,7 @@ from lam import LAM, count, load_lam
 # D their width, S positions of subtask text.
 
 IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
+REFER = 0.4  # share of the questions about stills that are sentences, as instructions are (our choice)
 STILLS = 77_003  # added to the seed of the stills: not those that pretrain.py shows or measures
 
 
@@ -521,11 +522,11 @@ def quizzes(args: Any, step: int, process: Process, student: Student) -> list[tu
 
 def still_questions(args: Any, number: int, student: Student) -> tuple[Tensor, list[str], list[str]]:
     """Stills uint8 (B, 1, 3, H, H), a question about each and its answer: a function of (seed, number)."""
-    from data.stills import ask, stills  # they need the robot, and nothing else here does
+    from data.stills import ask, kind_of_question, stills  # they need the robot, and nothing else here does
 
     rng, scenes = np.random.default_rng([args.seed + STILLS, number]), range(args.stills)
     shown = [s for k in scenes for s in stills(args.seed + STILLS, number * args.stills + k, student.image_size)]
-    asked, answers = zip(*(ask(still, rng) for still in shown), strict=True)
+    asked, answers = zip(*(ask(still, rng, kind_of_question(rng, REFER)) for still in shown), strict=True)
     images = torch.from_numpy(np.stack([still.image for still in shown])).to(student.queries.device)
     return rearrange(images, "b h w c -> b 1 c h w"), list(asked), [f" {a}" for a in answers]  # as pretrain.py says it
 

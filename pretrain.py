@@ -18,10 +18,10 @@ Reads nothing: scenes are drawn as they are needed (--pool keeps them). Writes r
 args.json, metrics.jsonl, checkpoints/step_*/, and at the end hf/, a folder in Hugging Face's layout.
 
 All of it is our choice:
- 1. Three tenths of the questions ask for up to five things, three for all that is there, and four for those that a
-    sentence speaks of: latent queries, too, have to find what an instruction is about. Where no other thing has its
-    noun, a thing is at times asked for without its colour. Unlike PaliGemma's, answers name a thing before they say
-    where it is: the places then follow the words that they belong to, which is learned faster.
+ 1. Half of the questions ask for up to five things, half for all that is there. --refer is a share for a third kind,
+    sentences, as phrases are grounded in images. Where no other thing has its noun, a thing is at times asked for
+    without its colour. Unlike PaliGemma's, answers name a thing before they say where it is: the places then follow the
+    words that they belong to, which is learned faster.
  2. <loc0000>, <loc0008> ... <loc1016> are 128 places between two edges of the image; the target is blurred over the
     next places, since a cross-entropy does not know that numbers have an order. Words and places weigh alike.
  3. Muon instead of AdamW for the layers' matrices: it gets as far in half the steps.
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 import common
 from common import InputError, Process
 from data.scenes import COLOURS
-from data.stills import KINDS, NOUNS, Still, ask, stills
+from data.stills import KINDS, NOUNS, Still, ask, kind_of_question, stills
 
 # Shapes: B stills, H x H pixels, L tokens, P places asked for.
 
@@ -76,6 +76,8 @@ class Args:
     """Optimizer steps."""
     sight: float = 0.6
     """Share of them, the first, in which the vision encoder learns alone."""
+    refer: float = 0.0
+    """Share of the questions that are sentences about a thing or two; the others ask by names or for all, half each."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     muon: float = 4e-3
@@ -186,7 +188,7 @@ def draw(seed: int, step: int, args: Args, size: int, tokenizer: Any, config: An
     kept = (lambda n: pickle.loads(zlib.decompress(drawn(seed, n, size)))) if args.pool else (
         lambda n: stills(seed, n, size))  # fmt: skip
     shown = [still for n in (numbers % args.pool if args.pool else numbers).tolist() for still in kept(n)]
-    asked = [ask(still, rng, kind) for still in shown]
+    asked = [ask(still, rng, kind or kind_of_question(rng, args.refer)) for still in shown]
     images = torch.from_numpy(np.stack([still.image for still in shown])).permute(0, 3, 1, 2)
     labels = torch.from_numpy(np.stack([label_patches(still, size // patch_size(config)) for still in shown]))
     return images, encode(tokenizer, config, asked) | {"patches": labels}
@@ -333,10 +335,10 @@ def train(args: Args, process: Process) -> None:
 
 def main() -> None:
     args = common.parse_args(Args, {"tiny": TINY, "small": SMALL}, __doc__)
-    common.at_least(args, scenes=1, pool=0, steps=1, sight=0, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
-    common.at_least(args, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
-    if args.sight > 1:
-        raise InputError(f"--sight {args.sight}: a share of the steps, at most 1")
+    common.at_least(args, scenes=1, pool=0, steps=1, val_scenes=1, save_every=1, log_every=1, warmup=0, seed=0)
+    common.at_least(args, sight=0, refer=0, lr=0, muon=0, min_lr=0, weight_decay=0, betas=0)
+    if max(args.sight, args.refer) > 1:
+        raise InputError(f"--sight {args.sight:g}, --refer {args.refer:g}: a share is at most 1")
     if args.model not in common.VLM_SIZES:
         raise InputError(f"--model {args.model}: choose one of {', '.join(common.VLM_SIZES)}; models of the hub are "
                          f"pretrained already")  # fmt: skip

@@ -128,9 +128,9 @@ _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 _ASKED = f"{_SHORT} --stills 1"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "see": "--steps 5000", "pretrain": "--steps 6000 --sight 0.5",
+        "record": "--disturb 2.5", "see": "--steps 5000", "pretrain": "--steps 5000",
         "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
-        "distill": "--steps 4000 --stills 3 --vision-lr 0 --starts 0.5",
+        "distill": "--steps 3600 --stills 3 --vision-lr 0 --starts 0.5",
         "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0 --starts 0.5"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "see": "--steps 4 --save-every 2", "pretrain": "--steps 4 --save-every 2", "lam": _SHORT,

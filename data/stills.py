@@ -37,7 +37,7 @@ NOUNS = (*GRASPABLE, "tray", "box", "basket", "plate", "platform", *HOUSEHOLD, "
 LARGE = ("oven", "cabinet")  # one of them in a scene, behind the rest
 ASKED = 5  # things at most that a question names
 PLAIN = 0.4  # share of the names without a colour, where it is clear what is meant
-KINDS = {"detect": 0.3, "describe": 0.3, "refer": 0.4}  # shares of the questions, see `ask`
+KINDS = ("detect", "describe", "refer")  # of questions, see `ask`
 SENTENCES = ("lift the {}", "grab the {}", "turn the {}", "push the {} forwards", "push the {} to the left",
              "move the {} to the right", "set the {} down on the {}", "carry the {} to the {}",
              "move the {} into the {}", "drop the {} in the {}", "stack the {} on top of the {}",
@@ -261,14 +261,20 @@ def look(scene: World, eyes: Cameras, words: list[str], owner: np.ndarray) -> li
     return made
 
 
-def ask(still: Still, rng: np.random.Generator, kind: str = "") -> tuple[str, str]:
-    """A question about a still, and the answer: `kind` is one of KINDS, or drawn by their shares.
+def kind_of_question(rng: np.random.Generator, refer: float) -> str:
+    """One of KINDS: `refer` is that kind's share, the other two share the rest."""
+    if refer and rng.random() < refer:
+        return "refer"
+    return "detect" if rng.random() < 0.5 else "describe"
+
+
+def ask(still: Still, rng: np.random.Generator, kind: str) -> tuple[str, str]:
+    """A question about a still, and the answer.
 
     detect      some names                            each with its place
     describe    nothing but "describe"                all that is there with its place, from left to right
     refer       what one could say to a robot,        the names in it with their places, as phrases are grounded in
                 about one thing or two                images; not with the verbs of the five tasks' instructions"""
-    kind = kind or str(rng.choice(list(KINDS), p=list(KINDS.values())))
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
         return ("describe" if kind == "describe" else "detect gripper"), "nothing"
@@ -276,19 +282,19 @@ def ask(still: Still, rng: np.random.Generator, kind: str = "") -> tuple[str, st
     if not things:
         return ask(still, rng, "detect")
     if kind == "describe":
-        asked = sorted(things, key=lambda thing: thing[1][1])
+        question, asked = "describe", sorted(things, key=lambda thing: thing[1][1])
     else:
-        nouns = [name.split()[-1] for name, _ in still.things]
-        brief = lambda name: name.split()[-1] if nouns.count(name.split()[-1]) == 1 and rng.random() < PLAIN else name
-        asked = [(brief(things[i][0]), things[i][1]) for i in rng.permutation(len(things))]
-    question = kind
-    if kind == "detect":
-        asked = asked[: rng.integers(1, ASKED + 1)]
-        question = f"detect {' ; '.join(name for name, _ in asked)}"
-    if kind == "refer":
-        said = str(rng.choice([s for s in SENTENCES if s.count("{}") <= len(asked)]))
-        asked = asked[: said.count("{}")]
-        question = f"detect {said.format(*(name for name, _ in asked))}"
+        every, nouns = [name.split()[-1] for name, _ in still.things], [name.split()[-1] for name, _ in things]
+        brief = [noun if every.count(noun) == 1 and rng.random() < PLAIN else "" for noun in nouns]
+        asked = [(brief[i] or things[i][0], things[i][1]) for i in rng.permutation(len(things))]
+        if kind == "detect":
+            asked = asked[: rng.integers(1, ASKED + 1)]
+            question = " ; ".join(name for name, _ in asked)
+        else:
+            sentence = str(rng.choice([s for s in SENTENCES if s.count("{}") <= len(asked)]))
+            asked = asked[: sentence.count("{}")]
+            question = sentence.format(*(name for name, _ in asked))
+        question = f"detect {question}"
     return question, " ; ".join(f"{name} {place(box)}" for name, box in asked)
 
 
