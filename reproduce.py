@@ -72,7 +72,6 @@ TASKS = ("pick_cup", "block_slot", "close_oven", "dip_brush", "pot_oven")  # in 
 STAGES = {  # what all units of a stage have in common
     "record": "franka.py --{preset} --record {record} --task all --seed 1",
     "play": "-m data.play --{preset}",
-    "see": "pretrain.py --{preset} --sight 1",
     "pretrain": "pretrain.py --{preset}",
     "lam": "lam.py --{preset} --encoder {start_internvl}/hf --data {play}/*",
     "distill": "distill.py --{preset} --student {start_paligemma}/hf --data {play}/*",
@@ -84,7 +83,7 @@ STAGES = {  # what all units of a stage have in common
 UNITS = {  # unit: its stage, and what it has of its own
     "demos": "record",
     "play": "play",
-    "start_internvl": "see --model internvl-{preset}",
+    "start_internvl": "pretrain --model internvl-{preset} --sight 1",
     "start_paligemma": "pretrain --model paligemma-{preset}",
     "lam_latbot": "lam",
     "lam_univla-style": "lam --no-uad --no-dla",
@@ -128,20 +127,18 @@ _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
 _ASKED = f"{_SHORT} --stills 1"
 PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
-        "record": "--disturb 2.5", "see": "--steps 5000", "pretrain": "--steps 5000",
-        "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
+        "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
         "distill": "--steps 3600 --stills 3 --vision-lr 0 --starts 0.5",
-        "clone": "--steps 7200 --stills 4 --student-lr 1 --vision-lr 0 --starts 0.5"}),
+        "clone": "--steps 8800 --stills 3 --student-lr 1 --vision-lr 0 --starts 0.5"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
-        "see": "--steps 4 --save-every 2", "pretrain": "--steps 4 --save-every 2", "lam": _SHORT,
-        "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
+        "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),
 }  # fmt: skip
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "see": 0.5, "pretrain": 1.0, "lam": 1.3, "distill": 1.4, "clone": 1.0,
-           "finetune": 1.0, "evaluate": 900}  # fmt: skip
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.3, "distill": 1.4, "clone": 1.0, "finetune": 1.0,
+           "evaluate": 900}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
 FREE = {"out", "resume", "workers", "log_every", "save_every", "preload", "max_bad"}  # change no result
