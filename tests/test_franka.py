@@ -714,6 +714,24 @@ def test_which_policy_shows_the_task(monkeypatch, tmp_path):
         assert asked[-1].absolute() == tmp_path / expected
 
 
+def test_the_policy_that_ships_goes_where_it_is_told():
+    """25 MB at most. Of two cups it goes towards the one that is named, which one word of the instruction decides."""
+    assert sum(path.stat().st_size for path in franka.SHIPPED.iterdir()) < 25e6
+    policy, robot = franka.make_policy(str(franka.SHIPPED), execute=16), SimFranka("pick_cup", 96)
+    leads = []
+    for trial in range(4):
+        observation = robot.reset(trial)
+        red, blue = (robot.where(name)[0][:2] for name in ("red", "blue"))
+        ways = []
+        for colour in ("red", "blue"):
+            policy.reset(robot)
+            first = policy.act(observation, f"pick up the {colour} cup")
+            ways.append(np.sum([action[:2] for action in (first, *policy.queue)], 0))
+        leads.append((ways[0] - ways[1]) @ (red - blue) / np.linalg.norm(red - blue))
+    robot.close()
+    assert np.mean(leads) > 0.02  # m
+
+
 def test_import_does_nothing():
     code = "import os, sys; env = dict(os.environ); import franka; assert env == dict(os.environ); "
     code += "assert 'mujoco' not in sys.modules and 'finetune' not in sys.modules"
