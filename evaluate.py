@@ -486,7 +486,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     before = distill.build(trained, student.tokens, student.head.out_features, sizes)
     student, before, teacher = (model.to(process.device).eval() for model in (student, before, teacher))
     trained = replace(trained, data=args.data or trained.data, weights=() if args.data else trained.weights,
-                      preload=False)  # fmt: skip
+                      preload=False, starts=0.0)  # fmt: skip
     out: dict[str, Any] = {"checkpoint": origin(found, meta), "teacher": meta["teacher"], "data": list(trained.data),
                            "samples": args.samples, "probe_samples": args.probe_samples,
                            "held_out": bool(trained.val_every)}  # fmt: skip
@@ -494,7 +494,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     damaged: set[str] = set()
 
     def encoded(split: str, samples: int) -> Iterator[dict[str, Any]]:
-        windows = distill.make_windows(replace(trained, starts=0.0), teacher_args, student.image_size, split)
+        windows = distill.make_windows(trained, teacher_args, student.image_size, split)
         for batch in batches(windows, samples, trained.batch, process, f"student, {split}", damaged):
             images, there = distill.first_frames(batch)
             given = images, batch["instruction"], None, there
@@ -519,7 +519,7 @@ def report_student(args: Args, process: Process) -> dict[str, Any]:
     other = (episode[:, None] != episode).double()
     true, shuffled = cosine.diagonal(), (cosine * other).sum(1) / other.sum(1).clamp(min=1)
     out |= {"cosine": true.mean().item(), "cosine_shuffled": shuffled.mean().item()}
-    guess = text_only(distill.make_windows(replace(trained, starts=0.0), teacher_args, 16, "train"), held_out["instruction"],
+    guess = text_only(distill.make_windows(trained, teacher_args, 16, "train"), held_out["instruction"],
                       held_out["text"])  # fmt: skip
     perplexity = lambda nats: (counts @ nats.double() / (counts @ held_out["words"].double())).clamp(max=20).exp()
     out |= {"perplexity": perplexity(held_out["nats"])[0].item(), "perplexity_text_only": perplexity(guess)[0].item()}
