@@ -30,9 +30,10 @@ Where the paper is silent (all our choice):
     scenes, the same for all, and the rest of them from random weights: so LatBot has a second model, its teacher, that
     has learned names and boxes. Behaviour cloning on play gets about the time that this, stage 1 and stage 2 take
     together, and the nine tenths of play in which one arm acts. Distillation and cloning leave the vision encoder as
-    it is, and both go on asking where things are (distill.py 8), on stills that "none" and "scratch" do not see; so
-    does "shuffled", which differs from LatBot in the latent actions alone. Half of their windows begin with their
-    episodes (distill.py 9). Policies train the student at a tenth of the rates (finetune.py 4), "scratch" at all.
+    it is, and both go on asking where things are (distill.py 8), on stills that "none" and "scratch" do not see, and
+    with commands about cups, pots and ovens that those two never hear before the tasks; so does "shuffled", which
+    differs from LatBot in the latent actions alone. Half of their windows begin with their episodes (distill.py 9).
+    Policies train the student at a tenth of the rates (finetune.py 4), "scratch" at the full ones.
 """
 
 import ast

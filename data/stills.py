@@ -11,8 +11,9 @@ primary camera, which most scenes have. Unlike play also categories: among the t
 the web show and PaliGemma's captions and boxes name them: cups and mugs, pots with two handles, ovens and cabinets with
 a door, brushes, bowls, some with a sauce, blocks, boards with a slot. What they do not: these are `household`'s own
 shapes, of random proportions, colours and numbers in random places, none of franka.py's geometry, sizes or exact
-colours; no goal and nothing that happens. So a cup has been seen and named before the tasks, those cups have not. All
-methods get this start alike, and play still holds these categories out.
+colours; no goal and nothing that happens: sentences about them (`ask`) are commands that nobody carries out. So a cup
+has been seen and named before the tasks, those cups have not. All methods get this start alike, and play still holds
+these categories out.
 
 Boxes are of what can be seen of a thing, found by drawing the scene once more with a colour for each thing. Every
 number without a source is our choice."""
@@ -273,8 +274,8 @@ def ask(still: Still, rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
     detect      some names                            each with its place
     describe    nothing but "describe"                all that is there with its place, from left to right
-    refer       what one could say to a robot,        the names in it with their places, as phrases are grounded in
-                about one thing or two                images; not with the verbs of the five tasks' instructions"""
+    refer       "detect" and what one could say to    the names in it with their places, as phrases are grounded in
+                a robot of one thing or two           images; not with the verbs of the five tasks' instructions"""
     place = lambda box: "".join(map(common.loc, box))
     if not still.things:
         return ("describe" if kind == "describe" else "detect gripper"), "nothing"

@@ -47,9 +47,9 @@ class Windows(torch.utils.data.Dataset):
         actions         A_t  A_t+s ...               each the composition of s actions
         past the end    the last frame repeats, action_mask = False
 
-    Sample i is a function of (seed, i): the data set by weight (see `choose`), then one of its frames, uniformly. So
-    the stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in which nothing
-    can happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
+    Sample i is a function of (seed, i): the data set by weight (see `choose`), then one of its frames, uniformly but
+    for `starts`. So the stream does not depend on ranks or workers, and continues anywhere. An episode of one frame, in
+    which nothing can happen, is left out; a damaged one is drawn around (see `draw`). A sample holds
         <view>        uint8 (frames, 3, size, size) for each view;  <view>_seen  bool, for optional ones
         action        float32 (actions, 44), normalised; grippers 0 .. 1
         action_mask   bool (actions, 44)
@@ -59,8 +59,8 @@ class Windows(torch.utils.data.Dataset):
 
     split: "train", "val" (one episode in `val_every`) or "all". `episodes` > 0 takes only the first so many of each
     task (see LeRobotReader.task_names), so that fewer are a part of more. starts: the share of the windows that begin
-    within the first BEGINNING frames of an episode, all episodes alike, instead of at one of all frames: nothing moves
-    there yet, and what will happen is known only from what is seen and said."""
+    within the first BEGINNING frames of an episode, all episodes alike, instead of at one of all frames: where little
+    has moved yet, and what will happen is known from what is seen and said."""
 
     def __init__(
         self, sources: Sequence[str | Path], views: dict[str, View], actions: int, hz: float, seed: int,

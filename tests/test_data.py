@@ -588,7 +588,9 @@ def test_a_share_of_the_windows_begins_with_its_episode(dataset):
         at = np.searchsorted(windows.ends[0], drawn, side="right")
         return np.stack([at, drawn - np.concatenate([[0], windows.ends[0]])[at]], 1)
 
-    assert np.array_equal(starts(), starts(starts=0.0))
+    windows = Windows([dataset], {}, 1, 10, 0)
+    assert [windows.draw(i, False)["window"] for i in range(50)] == [
+        np.random.default_rng([0, i, 0]).integers(windows.ends[0][-1]) for i in range(50)]
     usual, half, all_ = ((starts(starts=s)[:, 1] < 4).mean() for s in (0.0, 0.5, 1.0))
     assert all_ == 1 and abs(half - (1 + usual) / 2) < 0.05
     at = starts(starts=1.0)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import helpers_policy as h
+import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
@@ -20,6 +21,7 @@ import finetune
 import lam
 import pretrain
 from common import InputError
+from data.stills import SENTENCES
 from data.windows import collate
 
 SHORT, LONG = "close the oven", "put the building block into the corresponding slot, and then move back to the table"
@@ -395,6 +397,15 @@ def test_a_still_is_asked_as_where_the_student_began(micro):
     close(here.sum(1), there.view_as(labels).sum(1), 1e-3)
     again, other = (distill.still_questions(replace(distill.TINY, stills=1), k, student) for k in (3, 4))
     assert torch.equal(images, again[0]) and answers == again[2] and not torch.equal(images, other[0])
+    asked = [q for k in range(12) for q in distill.still_questions(replace(distill.TINY, stills=1), k, student)[1]]
+    sentences = {s.split()[0] for s in SENTENCES}
+    assert 0.25 < np.mean([q.split()[-1 if q == "describe" else 1] in sentences for q in asked]) < 0.55
+
+
+def test_the_beginnings_are_for_training(data, teacher_run):
+    """--starts reaches the windows that are learned from, and not those that measure."""
+    args, teacher_args = run_args(data, teacher_run, "", starts=0.7), lam.load_lam(teacher_run)[1]
+    assert [distill.make_windows(args, teacher_args, 32, split).starts for split in ("train", "val")] == [0.7, 0]
 
 
 def test_what_is_asked_is_learned(data, teacher_run, tmp_path):

@@ -50,6 +50,12 @@ def run_args(data, out, **changes) -> finetune.Args:
     return replace(finetune.TINY, data=tuple(map(str, sources)), out=str(out), **changes)
 
 
+def test_the_beginnings_are_for_training(data):
+    """--starts reaches the windows that are learned from, and not those that measure."""
+    args = run_args(data, "", starts=0.7)
+    assert [finetune.make_windows(args, 32, split).starts for split in ("train", "val")] == [0.7, 0]
+
+
 # -- loss --------------------------------------------------------------------------------------------------------------
 
 
