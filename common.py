@@ -187,7 +187,8 @@ def setup(seed: int, replicas: int = 1, cpu_bf16: bool = False) -> Process:
     process = here()
     if cpu_bf16 and process.device.type == "cpu" and cpu_has_bf16():
         process = dataclasses.replace(process, dtype=torch.bfloat16)
-        torch.backends.cuda.enable_flash_sdp(False)  # also the CPU's: its backward pass is slow in bfloat16
+    # The switch is also the CPU's kernel's, whose backward pass is slow in bfloat16.
+    torch.backends.cuda.enable_flash_sdp(process.device.type == "cuda" or process.dtype != torch.bfloat16)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if replicas < 1 or world % replicas:
         raise InputError(f"--replicas {replicas} does not divide {world} processes: give the number of nodes, or 1, "

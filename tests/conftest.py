@@ -44,6 +44,13 @@ def process() -> common.Process:
     return common.Process(0, 1, torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture(autouse=True)
+def kernels():
+    """What a test in bfloat16 switches off, the next ones, and the processes forked for them, have again."""
+    yield
+    torch.backends.cuda.enable_flash_sdp(True)
+
+
 class Alone(common.Process):
     """One rank of several, of which the others are not there."""
 

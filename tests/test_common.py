@@ -678,6 +678,14 @@ def test_setup_seeds_every_rank_alike(monkeypatch):
     assert torch.equal(process.sum(torch.ones(2)), torch.ones(2))
 
 
+def test_setup_for_bfloat16_leaves_nothing_for_float32(monkeypatch):
+    """On a CPU with bfloat16 the fused attention is off; whoever sets up for float32 afterwards has it again."""
+    monkeypatch.setattr(common, "cpu_has_bf16", lambda: True)
+    for cpu_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        assert common.setup(0, cpu_bf16=cpu_bf16).dtype == dtype
+        assert torch.backends.cuda.flash_sdp_enabled() == (dtype == torch.float32)
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", "{", '{"stage": "lam"}', "\xff"])
 def test_damaged_metadata_are_named(tmp_path, text):
     (tmp_path / "meta.json").write_bytes(text.encode("latin-1"))
