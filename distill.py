@@ -81,7 +81,6 @@ from lam import LAM, count, load_lam
 # D their width, S positions of subtask text.
 
 IMAGE_TEXT, LATENT, SUBTASK = 0, 1, 2  # the groups of the attention mask
-REFER = 0.4  # share of the questions about stills that are sentences, as instructions are (our choice)
 STILLS = 77_003  # added to the seed of the stills: not those that pretrain.py shows or measures
 
 
@@ -111,6 +110,8 @@ class Args:
     stills: int = 0
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them: a part of L_r,
     so that a student that began there keeps what it knew. 0: none, as in Sec. 3.3. (our choice)"""
+    refer: float = 0.4
+    """Share of their questions that are sentences, as instructions are. (our choice)"""
     shuffle: bool = False
     """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8
@@ -528,7 +529,7 @@ def still_questions(args: Any, number: int, student: Student) -> tuple[Tensor, l
 
     rng, scenes = np.random.default_rng([args.seed + STILLS, number]), range(args.stills)
     shown = [s for k in scenes for s in stills(args.seed + STILLS, number * args.stills + k, student.image_size)]
-    asked, answers = zip(*(ask(still, rng, kind_of_question(rng, REFER)) for still in shown), strict=True)
+    asked, answers = zip(*(ask(still, rng, kind_of_question(rng, args.refer)) for still in shown), strict=True)
     images = torch.from_numpy(np.stack([still.image for still in shown])).to(student.queries.device)
     return rearrange(images, "b h w c -> b 1 c h w"), list(asked), [f" {a}" for a in answers]  # as pretrain.py says it
 
@@ -675,7 +676,9 @@ def tokenized(tokenizer: Any, texts: list[str]) -> int:
 def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
-    common.at_least(args, lambda_r=0, vlm_lr=0, vision_lr=0, stills=0)
+    common.at_least(args, lambda_r=0, vlm_lr=0, vision_lr=0, stills=0, refer=0)
+    if args.refer > 1:
+        raise InputError(f"--refer {args.refer:g}: a share is at most 1")
     if args.stills and not args.vlm_lr * args.lambda_r:
         raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --vlm-lr "
                          f"{args.vlm_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "

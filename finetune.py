@@ -116,6 +116,8 @@ class Args:
     stills: int = 0
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them, so that a
     student that began there keeps what it knew, as in distill.py. 0: none. (our choice)"""
+    refer: float = 0.4
+    """Share of their questions that are sentences, as instructions are. (our choice)"""
     lambda_r: float = 0.5
     """Weight of their answers beside the actions, as of L_r in distill.py. (our choice)"""
     batch: int = 8
@@ -796,7 +798,9 @@ def check(args: Args) -> None:
     """Raises InputError for options out of range."""
     common.check_training(args)
     common.at_least(args, chunk=1, episodes=0, latents=1, hz=1e-3, state_noise=0, student_lr=0, vision_lr=0, stills=0,
-                    lambda_r=0)  # fmt: skip
+                    refer=0, lambda_r=0)  # fmt: skip
+    if args.refer > 1:
+        raise InputError(f"--refer {args.refer:g}: a share is at most 1")
     if args.stills and not args.student_lr * args.lambda_r:
         raise InputError(f"--stills {args.stills} asks, so that the student keeps what it knew; with --student-lr "
                          f"{args.student_lr:g} and --lambda-r {args.lambda_r:g} it learns nothing of it: leave "

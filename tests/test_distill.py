@@ -400,6 +400,8 @@ def test_a_still_is_asked_as_where_the_student_began(micro):
     asked = [q for k in range(12) for q in distill.still_questions(replace(distill.TINY, stills=1), k, student)[1]]
     sentences = {s.split()[0] for s in SENTENCES}
     assert 0.25 < np.mean([q.split()[-1 if q == "describe" else 1] in sentences for q in asked]) < 0.55
+    names = distill.still_questions(replace(distill.TINY, stills=4, refer=0), 3, student)[1]
+    assert not any(q.split()[-1 if q == "describe" else 1] in sentences for q in names)
 
 
 def test_the_beginnings_are_for_training(data, teacher_run):

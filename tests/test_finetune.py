@@ -883,6 +883,7 @@ def test_wrong_checkpoints(tmp_path):
 def test_bad_arguments(data, tmp_path):
     cases = [
         ({"execute": 5}, "--execute 5 must lie between 1 and --chunk 4"),
+        ({"refer": 1.5}, "--refer 1.5: a share is at most 1"),
         ({"cameras": ()}, "one to three different views"),
         ({"cameras": ("wrist", "wrist")}, "one to three different views"),
         ({"cameras": ("primary", "side")}, r"no camera 'side', it has \['primary', 'wrist'\]"),
