@@ -31,9 +31,9 @@ Where we depart from the paper, or fill in what it does not say:
     before the policy looks again; at --small one, where demonstrations take a few seconds and their corrections count.
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
-    trains the matrices of the layers (lam.py 8), and the student learns at a tenth of the expert's rates: with ten
-    demonstrations that is better than the same rates, distilled or not (results/LOG.md). From random weights, give
-    --student-lr 1. --stills goes on asking where things are, as distill.py 8: for what learns from play.
+    trains the matrices of the layers (lam.py 8), and the student learns at three hundredths of the expert's rates: with
+    ten demonstrations a student that learns as fast loses what it brought, distilled or not, and at a tenth a distilled
+    one still does (results/LOG.md). From random weights, give --student-lr 1. --stills goes on asking where things are, as distill.py 8: for what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values. With --stills the last layer answers, and is trained.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
@@ -177,7 +177,7 @@ TINY = Args(
 )  # fmt: skip
 SMALL = Args(
     data=("runs/data/pick_cup",), init="runs/small/distill", out="runs/small/finetune", expert="small",
-    latents=(16, 16), execute=1, batch=16, steps=1500, lr=1e-3, student_lr=0.1, min_lr=1e-5, warmup=100, muon=4e-3,
+    latents=(16, 16), execute=1, batch=16, steps=1500, lr=1e-3, student_lr=0.03, min_lr=1e-5, warmup=100, muon=4e-3,
     cpu_bf16=True, save_every=500, log_every=20, workers=0, preload=True,
 )  # fmt: skip
 

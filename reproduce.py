@@ -33,7 +33,7 @@ Where the paper is silent (all our choice):
     it is, and both go on asking where things are (distill.py 8), on stills that "none" and "scratch" do not see, and
     with commands about cups, pots and ovens that those two never hear before the tasks; so does "shuffled", which
     differs from LatBot in the latent actions alone. Half of their windows begin with their episodes (distill.py 9).
-    Policies train the student at a tenth of the rates (finetune.py 4), "scratch" at the full ones.
+    Policies train the student at three hundredths of the rates (finetune.py 4), "scratch" at the full ones.
 """
 
 import ast
