@@ -33,7 +33,8 @@ Where we depart from the paper, or fill in what it does not say:
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
     trains the matrices of the layers (lam.py 8), and the student learns at three hundredths of the expert's rates: with
     ten demonstrations a student that learns as fast loses what it brought, distilled or not, and at a tenth a distilled
-    one still does (results/LOG.md). From random weights, give --student-lr 1. --stills goes on asking where things are, as distill.py 8: for what learns from play.
+    one still does (results/LOG.md). From random weights, give --student-lr 1. --stills goes on asking where things are,
+    as distill.py 8: for what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values. With --stills the last layer answers, and is trained.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
