@@ -918,12 +918,16 @@ def normalize_pixels(images: Tensor, family: str, dtype: torch.dtype) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+PROGRAMS = "*.py", "*.toml", "data/mappings"  # what a commit must say all of, or else it has a +
+
+
 def git_commit() -> str:
-    """This repository's commit, with a + when files differ from it; "unknown" outside a repository."""
+    """This repository's commit, with a + when its programs differ from it; "unknown" outside a repository. Results and
+    texts may differ: a queue writes them as it goes."""
     run = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     try:
         head = run("rev-parse", "--short=12", "HEAD").strip()
-        return head + ("+" if run("status", "--porcelain", "-uno").strip() else "") if head else "unknown"
+        return head + ("+" if run("status", "--porcelain", "-uno", "--", *PROGRAMS).strip() else "") if head else "unknown"
     except OSError:  # no git on this machine
         return "unknown"
 

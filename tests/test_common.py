@@ -678,6 +678,24 @@ def test_setup_seeds_every_rank_alike(monkeypatch):
     assert torch.equal(process.sum(torch.ones(2)), torch.ones(2))
 
 
+def test_a_commit_has_a_plus_where_programs_differ(tmp_path, monkeypatch):
+    """Results and texts may differ: a queue commits them later."""
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True)
+    git("init", "-q")
+    files = [tmp_path / name for name in ("common.py", "data/mappings/a.json", "results/small/a.json", "README.md")]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    git("add", "."), git("commit", "-qm", "all")
+    head = common.git_commit()
+    assert len(head) == 12 and "+" not in head
+    for path, plus in zip(files, (True, True, False, False), strict=True):
+        path.write_text("2")
+        assert common.git_commit() == head + "+" * plus
+        path.write_text("1")
+
+
 def test_setup_for_bfloat16_leaves_nothing_for_float32(monkeypatch):
     """On a CPU with bfloat16 the fused attention is off; whoever sets up for float32 afterwards has it again."""
     monkeypatch.setattr(common, "cpu_has_bf16", lambda: True)
