@@ -927,7 +927,8 @@ def git_commit() -> str:
     run = lambda *a: subprocess.run(["git", *a], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     try:
         head = run("rev-parse", "--short=12", "HEAD").strip()
-        return head + ("+" if run("status", "--porcelain", "-uno", "--", *PROGRAMS).strip() else "") if head else "unknown"
+        differs = run("status", "--porcelain", "-uno", "--", *PROGRAMS).strip()
+        return head + "+" * bool(differs) if head else "unknown"
     except OSError:  # no git on this machine
         return "unknown"
 
