@@ -178,17 +178,22 @@ def cpu_has_bf16() -> bool:
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
+def choose_attention(process: Process) -> None:
+    """Fused attention for the whole process, but on a CPU in bfloat16, where its backward pass is slow."""
+    slow = process.device.type == "cpu" and process.dtype == torch.bfloat16
+    torch.backends.cuda.enable_flash_sdp(not slow)  # the switch is also the CPU's
+
+
 def setup(seed: int, replicas: int = 1, cpu_bf16: bool = False) -> Process:
     """Joins torchrun's process group if there is one, picks the device and seeds the weights' initialisation.
 
     Every rank gets the same seed, so that all build the same initial model. Matrix products are in bfloat16 on a GPU,
-    and with `cpu_bf16` on CPUs that have instructions for it. Raises InputError where the ranks cannot be divided into
-    so many replicas."""
+    and with `cpu_bf16` on CPUs that have instructions for it; attention is that of `choose_attention`. Raises
+    InputError where the ranks cannot be divided into so many replicas."""
     process = here()
     if cpu_bf16 and process.device.type == "cpu" and cpu_has_bf16():
         process = dataclasses.replace(process, dtype=torch.bfloat16)
-    # The switch is also the CPU's kernel's, whose backward pass is slow in bfloat16.
-    torch.backends.cuda.enable_flash_sdp(process.device.type == "cuda" or process.dtype != torch.bfloat16)
+    choose_attention(process)
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if replicas < 1 or world % replicas:
         raise InputError(f"--replicas {replicas} does not divide {world} processes: give the number of nodes, or 1, "
@@ -918,7 +923,7 @@ def normalize_pixels(images: Tensor, family: str, dtype: torch.dtype) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-PROGRAMS = "*.py", "*.toml", "data/mappings"  # what a commit must say all of, or else it has a +
+PROGRAMS = "*.py", "*.toml", "data"  # where any of these differs from a commit, its name gets a +
 
 
 def git_commit() -> str:

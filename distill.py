@@ -45,8 +45,8 @@ Where we depart from the paper, or fill in what it does not say:
     the wrist's, where a data set has one; elsewhere that view is masked, as in pi0.5.
  8. L_r is there so that the student keeps what it could do. What one that began with `pretrain.py` could do is to say
     where things are, and phases do not ask for that: within 160 steps it is gone (results/LOG.md). With --stills, still
-    scenes and pretrain.py's questions about them are a part of L_r; the answers' loss is that of any other text. A
-    share, --refer, are sentences (data.stills.SENTENCES), which the stand-in was never asked: how names stand in
+    scenes and pretrain.py's questions about them are a part of L_r; the answers' loss is that of any other text.
+    Four of ten (--refer) are sentences (data.stills.SENTENCES), which the stand-in was never asked: how names stand in
     commands.
     --vlm-lr is a smaller rate for what has learned before, --vision-lr for the eyes alone, which lose most: the paper
     trains all parameters, at a rate that suits pretrained ones. Off in every preset; `reproduce.py` asks and leaves the
@@ -112,7 +112,7 @@ class Args:
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them: a part of L_r,
     so that a student that began there keeps what it knew. 0: none, as in Sec. 3.3. (our choice)"""
     refer: float = 0.4
-    """Share of their questions that are sentences, as instructions are. (our choice)"""
+    """With --stills: the share of their questions that are sentences, as instructions are. (our choice)"""
     shuffle: bool = False
     """A control: in training Z is that of another sample of the micro-batch, chosen at random. (our choice)"""
     batch: int = 8

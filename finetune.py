@@ -32,9 +32,9 @@ Where we depart from the paper, or fill in what it does not say:
  3. All valid entries of the global batch weigh alike; steps past the episode's end carry no loss.
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
     trains the matrices of the layers (lam.py 8), and the student learns at three hundredths of the expert's rates: with
-    ten demonstrations a student that learns as fast loses what it brought, distilled or not, and at a tenth a distilled
-    one still does (results/LOG.md). From random weights, give --student-lr 1. --stills goes on asking where things are,
-    as distill.py 8: for what learns from play.
+    ten demonstrations a tenth is better than the same rates, distilled or not, and three hundredths are better than a
+    tenth for a distilled one in pot_oven, elsewhere alike (results/LOG.md). From random weights, give --student-lr 1.
+    --stills goes on asking where things are, as distill.py 8: for what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values. With --stills the last layer answers, and is trained.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
@@ -118,7 +118,7 @@ class Args:
     """Scenes of six stills each, per GPU and micro-step, with the questions of pretrain.py about them, so that a
     student that began there keeps what it knew, as in distill.py. 0: none. (our choice)"""
     refer: float = 0.4
-    """Share of their questions that are sentences, as instructions are. (our choice)"""
+    """With --stills: the share of their questions that are sentences, as instructions are. (our choice)"""
     lambda_r: float = 0.5
     """Weight of their answers beside the actions, as of L_r in distill.py. (our choice)"""
     batch: int = 8

@@ -93,7 +93,8 @@ def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, fl
 
 
 def load(folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """The records in a folder by unit, and the files that are none: damaged, or somebody else's."""
+    """The records in a folder by unit, and the files that are none: damaged, somebody else's, or made from a unit that
+    has no record, whose configuration nobody knows: the queue is making it anew."""
     records, strange = {}, []
     for path in sorted(folder.glob("*.json")):
         record = reproduce.load(path)
@@ -101,6 +102,9 @@ def load(folder: Path) -> tuple[dict[str, dict], list[str]]:
             records[path.stem] = record
         else:
             strange.append(str(path))
+    while alone := [name for name, record in records.items() if record["needs"].keys() - records.keys()]:
+        strange += [str(folder / f"{name}.json") for name in alone]
+        records = {name: record for name, record in records.items() if name not in alone}
     place = lambda name: [*STAGES, records[name]["stage"]].index(records[name]["stage"])
     return {name: records[name] for name in sorted(records, key=place)}, strange
 
@@ -392,7 +396,7 @@ def main() -> None:
     folder = Path("results") / args.preset
     records, strange = load(folder)
     for path in strange:
-        print(f"{path} is left out: damaged, or no result of `python reproduce.py`")
+        print(f"{path} is left out: damaged, no result of `python reproduce.py`, or of what it is making anew")
     if not records:
         raise InputError(f"no results in {folder}: run `python reproduce.py --{args.preset}` first")
     made = tables(records, args.preset)

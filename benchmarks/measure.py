@@ -21,9 +21,9 @@ PEAK = {"A100": 312, "H100": 989, "H200": 989}  # TFLOP/s in bfloat16, without s
 def here(dtype: str) -> common.Process:
     """This process, with matrix products of the type asked for; "auto": bfloat16 on a GPU, float32 on a CPU."""
     process = common.here()
-    if dtype == "bfloat16" and process.device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)  # as common.setup does
-    return process if dtype == "auto" else replace(process, dtype=getattr(torch, dtype))
+    process = process if dtype == "auto" else replace(process, dtype=getattr(torch, dtype))
+    common.choose_attention(process)
+    return process
 
 
 def where(process: common.Process) -> str:

@@ -46,7 +46,8 @@ def process() -> common.Process:
 
 @pytest.fixture(autouse=True)
 def kernels():
-    """What a test in bfloat16 switches off, the next ones, and the processes forked for them, have again."""
+    """Every test begins with fused attention, whatever a test in bfloat16, or a fixture, has switched off."""
+    torch.backends.cuda.enable_flash_sdp(True)
     yield
     torch.backends.cuda.enable_flash_sdp(True)
 

@@ -681,16 +681,18 @@ def test_setup_seeds_every_rank_alike(monkeypatch):
 def test_a_commit_has_a_plus_where_programs_differ(tmp_path, monkeypatch):
     """Results and texts may differ: a queue commits them later."""
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
-    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *a], cwd=tmp_path, check=True)
+    git = lambda *a: subprocess.run(["git", *a], cwd=tmp_path, check=True)
     git("init", "-q")
-    files = [tmp_path / name for name in ("common.py", "data/mappings/a.json", "results/small/a.json", "README.md")]
+    programs = ["common.py", "data/schema.py", "data/mappings/a.json", "pyproject.toml"]
+    files = {tmp_path / name: name in programs for name in [*programs, "results/small/a.json", "README.md"]}
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("1")
-    git("add", "."), git("commit", "-qm", "all")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", "commit", "-qm", "all")
     head = common.git_commit()
     assert len(head) == 12 and "+" not in head
-    for path, plus in zip(files, (True, True, False, False), strict=True):
+    for path, plus in files.items():
         path.write_text("2")
         assert common.git_commit() == head + "+" * plus
         path.write_text("1")
@@ -699,6 +701,7 @@ def test_a_commit_has_a_plus_where_programs_differ(tmp_path, monkeypatch):
 def test_setup_for_bfloat16_leaves_nothing_for_float32(monkeypatch):
     """On a CPU with bfloat16 the fused attention is off; whoever sets up for float32 afterwards has it again."""
     monkeypatch.setattr(common, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for cpu_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         assert common.setup(0, cpu_bf16=cpu_bf16).dtype == dtype
         assert torch.backends.cuda.flash_sdp_enabled() == (dtype == torch.float32)

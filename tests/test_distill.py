@@ -426,6 +426,8 @@ def test_what_is_asked_is_learned(data, teacher_run, tmp_path):
     for change in ({"lambda_r": 0.0}, {"vlm_lr": 0.0}):
         with pytest.raises(InputError, match="--stills 1 asks, .* it learns nothing of it"):
             distill.check(replace(args, **change))
+    with pytest.raises(InputError, match="--refer 1.5: a share is at most 1"):
+        distill.check(replace(args, refer=1.5))
     made = []
     for stills in (0, 1):
         torch.manual_seed(0)

@@ -104,6 +104,14 @@ def test_configurations_are_not_mixed(folder):
         report.draw(report.load(folder)[0], folder)
 
 
+def test_what_was_made_from_a_unit_without_a_record_is_left_out(folder):
+    """While the queue makes a policy anew, its old trials are nobody's; and so is all that was made from those."""
+    (folder / "lam_latbot.json").unlink()
+    records, strange = report.load(folder)
+    assert set(records) == {"policy_none_10", "trials_none_10"}
+    assert sorted(strange) == [str(folder / f"{name}.json") for name in ("policy_latbot_10", "trials_latbot_10")]
+
+
 def test_foreign_and_damaged_files_are_left_out(folder):
     (folder / "notes.json").write_text("{}")
     path = folder / "trials_none_10.json"
