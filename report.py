@@ -92,19 +92,21 @@ def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, fl
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path) -> tuple[dict[str, dict], list[str]]:
-    """The records in a folder by unit, and the files that are none: damaged, somebody else's, or made from a unit that
-    has no record, whose configuration nobody knows: the queue is making it anew."""
-    records, strange = {}, []
+def load(folder: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """The records in a folder by unit, and the files that count for nothing, with the reason: damaged, somebody else's,
+    or made from a unit that has no record, whose configuration nobody knows."""
+    records, strange = {}, {}
     for path in sorted(folder.glob("*.json")):
         record = reproduce.load(path)
         if record and record["finished"] and all(map(whole, record.get("cells", []))):
             records[path.stem] = record
         else:
-            strange.append(str(path))
-    while alone := [name for name, record in records.items() if record["needs"].keys() - records.keys()]:
-        strange += [str(folder / f"{name}.json") for name in alone]
-        records = {name: record for name, record in records.items() if name not in alone}
+            strange[str(path)] = "damaged, or no result of `python reproduce.py`"
+    while alone := {name: lost for name, r in records.items() if (lost := sorted(r["needs"].keys() - records.keys()))}:
+        for name, lost in alone.items():
+            records.pop(name)
+            strange[str(folder / f"{name}.json")] = (
+                f"it was made from {', '.join(lost)}, of which there is no record: `make reproduce` makes both anew")
     place = lambda name: [*STAGES, records[name]["stage"]].index(records[name]["stage"])
     return {name: records[name] for name in sorted(records, key=place)}, strange
 
@@ -395,8 +397,8 @@ def main() -> None:
     args = common.parse_args(Args, {"tiny": Args("tiny"), "small": Args("small")}, __doc__)
     folder = Path("results") / args.preset
     records, strange = load(folder)
-    for path in strange:
-        print(f"{path} is left out: damaged, no result of `python reproduce.py`, or of what it is making anew")
+    for path, why in strange.items():
+        print(f"{path} is left out: {why}")
     if not records:
         raise InputError(f"no results in {folder}: run `python reproduce.py --{args.preset}` first")
     made = tables(records, args.preset)

@@ -684,7 +684,7 @@ def listing(queue: Queue) -> str:
             if not following and not who and all(status[x].present for x in unit.needs):
                 following = f"next: {name}: python {queue.command(unit)}"
         lines.append(f"{name:24}{what}" + (f"; {s.why}" if s.why else ""))
-    return "\n".join([*lines, f"left: about {hours(left)} of one core", following])
+    return "\n".join([*lines, f"left: about {hours(left)}, one unit after another", following])
 
 
 # --------------------------------------------------------------------------------------------------------------------

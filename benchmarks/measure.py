@@ -21,7 +21,8 @@ PEAK = {"A100": 312, "H100": 989, "H200": 989}  # TFLOP/s in bfloat16, without s
 def here(dtype: str) -> common.Process:
     """This process, with matrix products of the type asked for; "auto": bfloat16 on a GPU, float32 on a CPU."""
     process = common.here()
-    process = process if dtype == "auto" else replace(process, dtype=getattr(torch, dtype))
+    if dtype != "auto":
+        process = replace(process, dtype=getattr(torch, dtype))
     common.choose_attention(process)
     return process
 

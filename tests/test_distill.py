@@ -1,5 +1,6 @@
 """distill.py: the losses by hand, who sees whom, the student against Hugging Face's PaliGemma, checkpoints, resume."""
 
+import json
 import math
 import shutil
 import sys
@@ -630,6 +631,12 @@ def test_the_teachers_statistics(data, tmp_path, capsys):
     statistics[str(data)]["timestamp"] = {"min": [0.0], "max": [2.0]}  # as others' data sets have it, without quantiles
     common.write_json(found / "meta.json", common.load_meta(found) | {"statistics": statistics})
     distill.train(run_args(data, tmp_path / "lam", tmp_path / "other_machine"), h.process())
+    for share, same in ((0.04, True), (0.06, False)):  # on either side of a twentieth of the range
+        then = {"action": {"q01": [0.0, -1.0], "q99": [1.0, 3.0]}}
+        for q, column, width in (("q01", 0, 1.0), ("q99", 1, 4.0)):
+            now = json.loads(json.dumps(then))
+            now["action"][q][column] -= share * width
+            assert distill.alike(then, now) is same
     statistics[str(data)]["action"]["q99"][0] += 0.1
     common.write_json(found / "meta.json", common.load_meta(found) | {"statistics": statistics})
     with pytest.raises(InputError, match="the data at .* have other statistics than when the teacher .* learned"):

@@ -110,6 +110,7 @@ def test_what_was_made_from_a_unit_without_a_record_is_left_out(folder):
     records, strange = report.load(folder)
     assert set(records) == {"policy_none_10", "trials_none_10"}
     assert sorted(strange) == [str(folder / f"{name}.json") for name in ("policy_latbot_10", "trials_latbot_10")]
+    assert "made from policy_latbot_10, of which there is no record" in strange[str(folder / "trials_latbot_10.json")]
 
 
 def test_foreign_and_damaged_files_are_left_out(folder):
