@@ -33,7 +33,7 @@ Where the paper is silent (all our choice):
     it is, and both go on asking where things are (distill.py 8), on stills that "none" and "scratch" do not see, and
     with commands about cups, pots and ovens that those two never hear before the tasks; so does "shuffled", which
     differs from LatBot in the latent actions alone. Half of their windows begin with their episodes (distill.py 9).
-    Policies train the student at three hundredths of the rates (finetune.py 4), "scratch" at the full ones.
+    Fine-tuning leaves the student as it is (finetune.py 4), but that of "scratch", whose expert sees all of it.
 """
 
 import ast
@@ -100,12 +100,13 @@ UNITS = {  # unit: its stage, and what it has of its own
     "student_bc": "clone",
 }
 
+_WHOLE = "--student-lr 1 --no-remember --prefix-dropout 0 --steps 1500"  # the student learns, too: eight times the cost
 POLICIES = (  # experiments, method, demonstrations of each task, seed, what fine-tuning starts from; in order of work
     ("abc", "latbot", 10, 0, "{student_latbot}"),
     ("abc", "none", 10, 0, "{start_paligemma}/hf"),
     ("c", "bc", 10, 0, "{student_bc}"),
     ("c", "shuffled", 10, 0, "{student_shuffled}"),
-    ("c", "scratch", 10, 0, "paligemma-{preset} --student-lr 1"),
+    ("c", "scratch", 10, 0, "paligemma-{preset} " + _WHOLE),
     ("b", "univla-style", 10, 0, "{student_univla-style}"),
     ("b", "uad", 10, 0, "{student_uad}"),
     ("b", "dla", 10, 0, "{student_dla}"),
@@ -130,7 +131,7 @@ PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
         "distill": "--steps 3600 --stills 3 --vision-lr 0 --starts 0.5",
-        "clone": "--steps 8800 --stills 3 --student-lr 1 --vision-lr 0 --starts 0.5"}),
+        "clone": "--steps 8800 --stills 3 --student-lr 1 --no-remember --prefix-dropout 0 --vision-lr 0 --starts 0.5"}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
         "evaluate": "--seconds 1"}),

@@ -16,8 +16,9 @@ import common
 import distill
 import finetune
 from common import ACTION_NAMES, GRIPPERS, STATE_NAMES, InputError
-from data.lerobot import LeRobotReader
+from data.lerobot import DamagedEpisode, LeRobotReader
 from data.windows import augment, collate
+from finetune import Read
 
 TEXTS = ["close the oven", "put the building block into the corresponding slot, slowly", "go"]
 
@@ -371,13 +372,13 @@ def test_state_noise():
 def test_state_noise_reaches_the_model(monkeypatch, tmp_path):
     """Training sees other states with it, the same without it, and validation never."""
     seen = []
-    forward = finetune.VLA.forward
+    write = finetune.VLA.write
 
-    def spy(model, images, state, instructions):
+    def spy(model, read, state):
         seen.append((model.training, state.clone()))
-        return forward(model, images, state, instructions)
+        return write(model, read, state)
 
-    monkeypatch.setattr(finetune.VLA, "forward", spy)
+    monkeypatch.setattr(finetune.VLA, "write", spy)
     runs = {}
     for sigma in (0.0, 0.3):
         seen.clear()
@@ -388,6 +389,71 @@ def test_state_noise_reaches_the_model(monkeypatch, tmp_path):
     pairs = list(zip(runs[0.0], runs[0.3], strict=True))
     assert {training for (training, _), _ in pairs} == {True, False}
     assert all(torch.equal(a, b) != training for (training, a), (_, b) in pairs)
+
+
+def test_prefix_dropout(model):
+    """A share of what is valid, of each sample's own, is hidden from the expert: nothing of it reaches the actions."""
+    images, state = h.pictures(4, k=2), torch.rand(4, 46)
+    read = model.read(images, ["lift the cup"] * 2 + ["lift the cup and the red pot"] * 2)
+    index = torch.arange(4)
+    less = finetune.partly(read, 0.4, index, seed=0)
+    assert not (less.valid & ~read.valid).any() and less.layers is read.layers
+    assert torch.equal(less.valid[2:3], finetune.partly(Read(read.layers, read.valid[2:3], read.last), 0.4, index[2:3],
+                                                        seed=0).valid)  # fmt: skip
+    assert not torch.equal(less.valid[0], less.valid[1])
+    assert not torch.equal(less.valid, finetune.partly(read, 0.4, index, seed=1).valid)
+    alone = model.read(images[:1], ["lift the cup"])  # not padded
+    mine = finetune.partly(alone, 0.4, index[:1], seed=0).valid
+    assert alone.valid.shape[1] < read.valid.shape[1] and torch.equal(mine[alone.valid], less.valid[:1][read.valid[:1]])
+    many = Read([], torch.ones(50, 400, dtype=torch.bool), torch.zeros(50))
+    assert finetune.partly(many, 0.4, torch.arange(50), 0).valid.float().mean() == pytest.approx(0.6, abs=0.02)
+    with torch.no_grad():
+        other = [tuple(torch.where(less.valid[:, None, :, None], x, 9.0) for x in pair) for pair in read.layers]
+        assert torch.allclose(model.write(less._replace(layers=other), state), model.write(less, state), atol=1e-5)
+        assert (model.write(read, state) - model.write(less, state)).abs().max() > 1e-4
+
+
+def test_the_memory_of_a_student(data, tmp_path, monkeypatch):
+    """It gives back what the student says of each window's own pictures and instruction, whatever the instructions'
+    lengths and whichever the data set; an episode that is damaged is passed over."""
+    args = run_args((data, h.make_data(tmp_path / "other", length=11)), "")
+    model = finetune.build(args).eval()
+    windows = finetune.make_windows(args, model.student.image_size, "train")
+    whole, lost = windows.window, windows.chosen[1][0]
+
+    def damaged(d, k, *rest):
+        if d == 1 and k < windows.ends[1][0]:
+            raise DamagedEpisode(f"episode {lost}")
+        return whole(d, k, *rest)
+
+    monkeypatch.setattr(windows, "window", damaged)
+    memory = finetune.Memory(model, windows, args, h.process())
+    last = [ends[-1] - 1 for ends in windows.ends]
+    batch = collate([whole(d, int(k)) for d, k in ((0, 0), (1, last[1]), (0, last[0]), (0, 5))])
+    with torch.no_grad():
+        told = model.write(memory(batch), batch["state"])
+        seen = model(finetune.views(batch, args), batch["state"], batch["instruction"])
+    assert torch.allclose(told, seen, atol=2e-2 * seen.std())
+    assert (told[0] - told[2]).abs().max() > 1e-3  # not the same for all
+
+
+def test_training_from_memory(data, tmp_path):
+    """Learns what it learns without, but for half precision; goes on bit for bit."""
+    same = dict(student_lr=0.0, prefix_dropout=0.3, lr=1e-2, warmup=0)
+    for name, remember in (("read", False), ("told", True)):
+        torch.manual_seed(0)
+        finetune.train(run_args(data, tmp_path / name, remember=remember, **same), h.process())
+    at = "checkpoints/step_00000004"
+    read, told = (common.read_tensors(tmp_path / name / at / "model.safetensors") for name in ("read", "told"))
+    torch.manual_seed(0)
+    fresh = finetune.build(run_args(data, "", **same)).state_dict()
+    for name in (n for n in read if n.startswith("expert.") and n.endswith("proj.weight")):
+        assert (told[name] - read[name]).norm() < 0.1 * (read[name] - fresh[name]).norm(), name
+    last = tmp_path / "told" / at
+    whole = (last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()
+    shutil.rmtree(last)
+    finetune.train(run_args(data, tmp_path / "told", remember=True, resume=True, **same), h.process())
+    assert ((last / "model.safetensors").read_bytes(), (last / "optimizer.safetensors").read_bytes()) == whole
 
 
 def test_augment():
@@ -424,11 +490,11 @@ def test_augment():
 
 def test_augmented_pictures_are_for_training_alone(data, tmp_path, monkeypatch):
     """What `augment` makes, of the samples' own numbers, is what the model learns from; validation sees no such."""
-    drawn, seen, forward = [], [], finetune.VLA.forward
+    drawn, seen, read = [], [], finetune.VLA.read
     made = torch.full((1,), 77, dtype=torch.uint8)
     monkeypatch.setattr(finetune, "augment", lambda x, index, seed: drawn.append((index, seed)) or made.expand_as(x))
-    monkeypatch.setattr(finetune.VLA, "forward", lambda self, images, *rest: (
-        seen.append((self.training, bool((images == 77).all()))) or forward(self, images, *rest)))  # fmt: skip
+    monkeypatch.setattr(finetune.VLA, "read", lambda self, images, *rest: (
+        seen.append((self.training, bool((images == 77).all()))) or read(self, images, *rest)))  # fmt: skip
     for shifted in (True, False):
         seen.clear()
         args = run_args(data, tmp_path / str(shifted), augment=shifted, steps=2, seed=5)
@@ -884,6 +950,7 @@ def test_bad_arguments(data, tmp_path):
     cases = [
         ({"execute": 5}, "--execute 5 must lie between 1 and --chunk 4"),
         ({"refer": 1.5}, "--refer 1.5: a share is at most 1"),
+        ({"prefix_dropout": 1.0}, "--prefix-dropout 1: a share below 1, or the expert sees nothing"),
         ({"cameras": ()}, "one to three different views"),
         ({"cameras": ("wrist", "wrist")}, "one to three different views"),
         ({"cameras": ("primary", "side")}, r"no camera 'side', it has \['primary', 'wrist'\]"),
