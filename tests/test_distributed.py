@@ -141,6 +141,17 @@ def test_the_later_stages_on_two_ranks(stage, replicas, world, tmp_path):
     same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"))
 
 
+def test_what_a_student_said_on_two_ranks(world, tmp_path):
+    """It stays as it is, each rank remembers all of it, and a sample loses the same of it on whichever rank it is."""
+    more = ["--steps", 4, "--lr", 1e-4, "--student-lr", 0, "--remember", "--prefix-dropout"]
+    forked(*stage_command("finetune", world, tmp_path / "one", *more, 0.5))
+    forked_ranks(*stage_command("finetune", world, tmp_path / "two", *more, 0.5, *TWO))
+    same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "two"))
+    forked(*stage_command("finetune", world, tmp_path / "all", *more, 0))
+    with pytest.raises(AssertionError):
+        same_losses(metrics(tmp_path / "one"), metrics(tmp_path / "all"))
+
+
 def test_muon_on_two_ranks(rough, tmp_path):
     """Muon works on whole matrices, which no rank has, and may round them to bfloat16: to 1e-3. A run goes on from two
     ranks on one."""

@@ -111,6 +111,11 @@ def test_the_plan(preset):
         for experiment in units[name].cell["experiment"]:
             counts[experiment] += 1
     assert counts == {"a": 6, "b": 5, "c": 7}
+    queue, steps = reproduce.Queue(units, Path("work"), Path("results")), {}
+    for unit in units.values():
+        steps.setdefault(unit.stage, set()).add(queue.args(unit).get("steps"))
+    assert all(len(of) == 1 for stage, of in steps.items() if stage != "finetune")  # the same work for every method
+    assert steps["finetune"] == ({3000, 1500} if preset == "small" else {4})  # a scratch student learns for half of it
 
 
 def test_arguments_are_read_from_the_stages_source():
