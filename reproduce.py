@@ -312,6 +312,9 @@ class Queue:
                     tell(f"{why}: written anew from {own}")
                 common.write_json(path, state)
                 result = state
+            if result and result["own"] != (today := own_arguments(unit, self.args(unit))):
+                result = result | {"own": today}  # the tables above tell now what stages have in common otherwise
+                common.write_json(path, result)
             kept, needs = result or state, {n: found[n].fingerprint for n in unit.needs}
             mark = kept["fingerprint"] if kept else fingerprint(self.args(unit), needs)
             folder = (self.work / name).exists()
@@ -410,6 +413,11 @@ def machine() -> str:
     return socket.gethostname() + (f"/{boot.read_text()[:8]}" if boot.exists() else "")
 
 
+def own_arguments(unit: Unit, args: dict[str, Any]) -> list[str]:
+    """The arguments that a unit does not have in common with its stage."""
+    return sorted(set(parse(unit.own)[1]) & set(args))
+
+
 def fingerprint(*of: Any) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -433,7 +441,7 @@ class Job:
             args, needs = queue.args(unit), {n: status[n].fingerprint for n in unit.needs}
             old = {
                 "unit": unit.name, "stage": unit.stage, "command": f"python {queue.command(unit)}", "args": args,
-                "own": sorted(set(parse(unit.own)[1]) & set(args)), "needs": needs, "inputs": inputs,
+                "own": own_arguments(unit, args), "needs": needs, "inputs": inputs,
                 "fingerprint": fingerprint(args, needs), "begun": datetime.now(UTC).isoformat(" ", "milliseconds"),
                 "commit": "", "hardware": "", "seconds": 0.0, "finished": False,
             }  # fmt: skip

@@ -286,6 +286,16 @@ def test_a_changed_preset_and_a_new_argument(make):
     assert "steps 3, now 2" in queue.survey()["a"].why
 
 
+def test_what_is_a_units_own_is_told_anew(make):
+    """An argument may move from what all units of a stage have in common to those that still have it: nothing is made
+    anew, and the report, which compares what is in common, is told."""
+    assert run(make(a="--steps 2", b="--init {a} --steps 9")) == set()
+    queue = make(a="--steps 2", b="--init {a}")
+    assert [results(queue)[n]["own"] for n in "ab"] == [["steps"], ["init", "steps"]]
+    assert not any(s.wanted for s in queue.survey().values())
+    assert [results(queue)[n]["own"] for n in "ab"] == [["steps"], ["init"]] and starts(queue) == {"a": 1, "b": 1}
+
+
 def test_half_finished_work_of_other_arguments_is_not_resumed(make):
     queue = make(a="--steps 3")
     (queue.work / "a").mkdir()
