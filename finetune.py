@@ -1,4 +1,4 @@
-r"""Stage 3: the action expert (LatBot, arXiv 2511.23034, Sec. 3.3 "Action Expert Finetuning", 4.3, 6.3).
+"""Stage 3: the action expert (LatBot, arXiv 2511.23034, Sec. 3.3 "Action Expert Finetuning", 4.3, 6.3).
 
 The distilled student knows what is about to happen, but cannot move a robot. Here a smaller Gemma stands beside it,
 layer by layer, reads the student's keys and values, and writes the next H actions in one pass.
@@ -16,9 +16,8 @@ layer by layer, reads the student's keys and values, and writes the next H actio
     python finetune.py --tiny                                                       a CPU, about a minute
     python finetune.py --small --data runs/data/pick_cup --episodes 10              a laptop, a GPU in minutes
     torchrun --nproc-per-node 8 finetune.py --data datasets/libero                  LIBERO: 60,000 steps at batch 64
-    python finetune.py --small --init paligemma-small --student-lr 1 --prefix-dropout 0 --data runs/data/play/fr3 \
-        --out runs/clone
-    python finetune.py --small --init runs/clone --out runs/cloned               a control: the play cloned before
+    python finetune.py --small --init paligemma-small --student-lr 1 --prefix-dropout 0 --data runs/data/play/fr3
+    python finetune.py --small --init runs/small/finetune --out runs/cloned         a control: the play cloned before
 
 Reads a LeRobot data set (--data) and a student (--init): a distilled one from stage 2, pi0.5 or PaliGemma weights
 (the baselines of Table 4), or a size with random weights (nothing learned before). Writes runs/<preset>/finetune/:
