@@ -33,10 +33,11 @@ Where we depart from the paper, or fill in what it does not say:
  4. Learning rate 5e-5 with 1,000 warm-up steps: ours; the paper gives steps and batch for LIBERO only. At --small Muon
     trains the matrices of the layers (lam.py 8). The paper trains vision encoder, VLM and expert together (Sec. 6.3);
     at --small the student stays as it is and reads each window once (`Memory`), and the expert, which sees a random
-    half of what it said at each step, learns for twice as many steps in a quarter of the time. With ten demonstrations
-    33 of 60 trials succeeded so, and 27 with a student that learns at three hundredths of the rates; the pots', it
-    seems, by the longer schedule (results/LOG.md, seed 0). A student from random weights has to learn: --student-lr 1
-    --prefix-dropout 0. --stills goes on asking where things are, as distill.py 8: for what learns from play.
+    half of what it said at each step, learns for twice as many steps in a third of the time. With ten demonstrations
+    33 of 60 trials succeeded so, and 27 with a student that learns at three hundredths of the rates; which of the
+    three changes did it was not told apart (results/LOG.md, seed 0, one policy each). A student from random weights
+    has to learn: --student-lr 1 --prefix-dropout 0. --stills goes on asking where things are, as distill.py 8: for
+    what learns from play.
  5. What nothing reads in this stage is neither computed nor trained: the student's latent head, and in its last layer
     everything behind the keys and values. With --stills the last layer answers, and is trained.
  6. Several data sets share one normaliser, from the lowest of their q01 to the highest of their q99; every frame counts
@@ -79,8 +80,6 @@ EXPERT_SIZES: dict[str, dict[str, int]] = {
     "small": dict(hidden_size=192, intermediate_size=512),
     "tiny": dict(hidden_size=96, intermediate_size=192),
 }
-
-
 POSITIONS = 8192  # more than any student reads at once: see `partly`
 
 

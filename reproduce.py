@@ -34,7 +34,7 @@ Where the paper is silent (all our choice):
     see, and with commands about cups, pots and ovens that those two never hear before the tasks; so does "shuffled",
     which differs from LatBot in the latent actions alone. Half of their windows begin with their episodes (distill.py
     9). Fine-tuning leaves the student as it is (finetune.py 4). That of "scratch" has to learn: at the full rates, its
-    expert seeing all of it, for half as many steps, which take four times as long as the others'.
+    expert seeing all of it, for half as many steps, which take three times as long as the others'.
 """
 
 import ast
@@ -141,7 +141,7 @@ PRESETS = {
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
 # estimates before there are measured units of that stage.
-SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.3, "distill": 1.4, "clone": 1.0, "finetune": 0.2,
+SECONDS = {"record": 300, "play": 900, "pretrain": 1.0, "lam": 1.3, "distill": 1.4, "clone": 1.0, "finetune": 0.3,
            "evaluate": 900}  # fmt: skip
 
 HERE = Path(__file__).resolve().parent
