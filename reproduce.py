@@ -35,6 +35,8 @@ Where the paper is silent (all our choice):
     which differs from LatBot in the latent actions alone. Half of their windows begin with their episodes (distill.py
     9). Fine-tuning leaves the student as it is (finetune.py 4). That of "scratch" has to learn: at the full rates, its
     expert seeing all of it, for half as many steps, which take three times as long as the others'.
+ 4. Steps of fine-tuning go by the number of demonstrations, for all methods alike, as in Sec. 4.4: 3,000 for ten, and
+    6,000 for 50 and 100, where 3,000 see each window four times or twice and the error still falls.
 """
 
 import ast
@@ -124,6 +126,7 @@ class Preset(NamedTuple):
     trials: int  # of each task and policy
     flags: dict[str, str]  # of a stage, beside those in STAGES
     scratch: str  # flags of fine-tuning a student that knows nothing: it learns, too
+    steps: dict[int, int]  # of fine-tuning on more demonstrations than ten
 
 
 _SHORT = "--steps 4 --save-every 2 --val-samples 8 --val-every 0"
@@ -133,10 +136,10 @@ PRESETS = {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
         "distill": "--steps 3600 --stills 3 --vision-lr 0 --starts 0.5",
         "clone": "--steps 8800 --stills 3 --student-lr 1 --no-remember --prefix-dropout 0 --vision-lr 0 --starts 0.5"},
-        scratch="--student-lr 1 --no-remember --prefix-dropout 0 --steps 1500"),
+        scratch="--student-lr 1 --no-remember --prefix-dropout 0 --steps 1500", steps={50: 6000, 100: 6000}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
-        "evaluate": "--seconds 1"}, scratch="--student-lr 1"),
+        "evaluate": "--seconds 1"}, scratch="--student-lr 1", steps={}),
 }  # fmt: skip
 
 # Seconds of a step, or of a whole unit of a stage without steps, on one core of an AMD EPYC (Zen 4) at --small: for
@@ -172,7 +175,8 @@ def plan(preset: str) -> dict[str, Unit]:
     for experiments, method, number, seed, init in POLICIES:
         n = size.demonstrations[number]
         name = f"{method}_{n}" + (f"_s{seed}" if seed else "")
-        table[f"policy_{name}"] = f"finetune --init {init} --episodes {n} --seed {seed}"
+        longer = f" --steps {size.steps[number]}" if number in size.steps else ""
+        table[f"policy_{name}"] = f"finetune --init {init} --episodes {n} --seed {seed}{longer}"
         table[f"trials_{name}"] = f"evaluate --policy {{policy_{name}}}"
         cells[f"trials_{name}"] = {"experiment": experiments, "method": method, "demonstrations": n, "seed": seed}
     units, settings = {}, {"preset": preset, "record": max(size.demonstrations.values()), "trials": size.trials,
