@@ -12,7 +12,8 @@ Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % inte
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
 binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
 proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
-far other *placements* would move a number; what another *training* would do is shown by the rows of a second seed.
+far other *placements* would move a number; what another *training* would do is shown by the rows of other seeds. Where
+both of two methods have policies of several seeds, a row takes their trials together, each pair within its seed.
 """
 
 import math
@@ -150,6 +151,18 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
     return found
 
 
+def together(cells: dict[Key, Outcomes], methods: Sequence[str], n: int) -> tuple[str, dict[Key, Outcomes]]:
+    """The seeds of which all of these methods have policies of n demonstrations, and their trials one after another, as
+    cells of seed -1; nothing where there are fewer than two such seeds."""
+    seeds = sorted(s for m, k, s in cells if (m, k) == (methods[0], n) and all((o, n, s) in cells for o in methods))
+    if len(seeds) < 2:
+        return "", {}
+    tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in methods for s in seeds)]
+    return ", ".join(map(str, seeds)), {
+        (m, n, -1): {t: "".join(cells[m, n, s][t] for s in seeds) for t in tasks} for m in methods
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------------------------
@@ -209,9 +222,12 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
         five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
     seeds = sorted({0} | {k[2] for k in cells if k[1] == few})
+    several, pooled = together(cells, COMPARED[0], few)
     for method in ("scratch", "none", "shuffled", "bc", "latbot"):
         for seed in seeds if method in ("none", "latbot") else [0]:
             controls.append([NAMES[method], str(seed), *row(cells, (method, few, seed))])
+        if several and method in COMPARED[0]:
+            controls.append([NAMES[method], several, *row(pooled, (method, few, -1))])
     for first, second in COMPARED:
         for n in numbers:
             for seed in seeds:
@@ -220,6 +236,9 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
                 if asked or set(here) <= cells.keys():
                     what = f"{NAMES[first]} against {NAMES[second]}"
                     paired.append([what, str(n), str(seed), *difference(cells, *here)])
+            if several and headline and n == few:
+                both = ((m, few, -1) for m in COMPARED[0])
+                paired.append([what, str(n), several, *difference(pooled, *both)])
     return {
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),

@@ -118,6 +118,10 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("a", "none", 50, 0, "{start_paligemma}/hf"),
     ("c", "latbot", 10, 1, "{student_latbot_s1}"),
     ("c", "none", 10, 1, "{start_paligemma}/hf"),
+    ("c", "latbot", 10, 2, "{student_latbot}"),  # seeds 2 and 3: fine-tuning alone anew; 1: all stages
+    ("c", "none", 10, 2, "{start_paligemma}/hf"),
+    ("c", "latbot", 10, 3, "{student_latbot}"),
+    ("c", "none", 10, 3, "{start_paligemma}/hf"),
 )
 
 

@@ -91,6 +91,20 @@ def test_what_is_missing_is_shown_as_such(folder):
     assert report.draw(report.load(folder)[0], folder)[0].stat().st_size > 5000
 
 
+def test_seeds_are_taken_together(folder):
+    """Pairs stay within their seed, and a seed that only one method has does not count."""
+    write(folder, "policy_latbot_10_s2", "finetune", ["lam_latbot"], ["episodes"], episodes=50)
+    write(folder, "policy_none_10_s2", "finetune", own=["episodes"], episodes=50)
+    write(folder, "trials_latbot_10_s2", "evaluate", ["policy_latbot_10_s2"], cells=cells("latbot", 10, "0" * 10, 2))
+    write(folder, "trials_none_10_s2", "evaluate", ["policy_none_10_s2"], cells=cells("none", 10, "1000000000", 2))
+    write(folder, "trials_latbot_10_s3", "evaluate", ["policy_latbot_10"], cells=cells("latbot", 10, "1" * 10, 3))
+    made = report.tables(report.load(folder)[0])
+    assert "| LatBot | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
+    assert "| no distillation | 0, 2 | 3/20 |" in made["controls"]
+    row = next(line for line in made["paired"].splitlines() if "LatBot against no" in line and "0, 2" in line)
+    assert "| +25 |" in row and row.endswith("| 10, 30, 5, 55 | 100 |")  # of a task: 2, 6, 0, 2 and 0, 0, 1, 9
+
+
 def test_configurations_are_not_mixed(folder):
     """Neither another setting in a stage, nor a unit that was made anew under those that were made from it."""
     write(folder, "policy_none_50", "finetune", own=["episodes"], episodes=250)

@@ -99,18 +99,19 @@ def test_the_plan(preset):
         assert all(names.index(n) < i for n in unit.needs), name
     few = min(reproduce.PRESETS[preset].demonstrations.values())
     trials = [n for n in names if units[n].cell]
-    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 14
+    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 18
     needed = {n: set(reproduce.closure(units, [n])) for n in trials}
     assert not any(n.startswith(("lam", "student")) for n in needed[f"trials_none_{few}"])
     assert needed[f"trials_scratch_{few}"] == {"demos", f"policy_scratch_{few}", f"trials_scratch_{few}"}
     assert {"lam_uad", "student_uad", f"policy_uad_{few}"} < needed[f"trials_uad_{few}"]
     assert {"lam_latbot_s1", "student_latbot_s1"} < needed[f"trials_latbot_{few}_s1"]
+    assert {"lam_latbot", "student_latbot"} < needed[f"trials_latbot_{few}_s2"]
     assert "lam_latbot" in needed[f"trials_shuffled_{few}"] and "lam_latbot" not in needed[f"trials_bc_{few}"]
     counts = {n: 0 for n in "abc"}
     for name in trials:
         for experiment in units[name].cell["experiment"]:
             counts[experiment] += 1
-    assert counts == {"a": 6, "b": 5, "c": 7}
+    assert counts == {"a": 6, "b": 5, "c": 11}
     queue, steps = reproduce.Queue(units, Path("work"), Path("results")), {}
     for unit in units.values():
         args = queue.args(unit)
