@@ -13,7 +13,8 @@ All policies meet the same placements, so two of them are compared trial by tria
 binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
 proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
 far other *placements* would move a number; what another *training* would do is shown by the rows of other seeds. Where
-both of two methods have policies of several seeds, a row takes their trials together, each pair within its seed.
+LatBot and its baseline have policies fine-tuned from several seeds, a row takes their trials together, each pair within
+its seed, and counts placements met again as new ones. That covers no other student: those are of seed 1.
 """
 
 import math
@@ -138,6 +139,12 @@ def check(records: dict[str, dict]) -> None:
             for key in (one.keys() & other.keys()) - free:
                 if one[key] != other[key]:
                     wrong.append(f"{names[0]}.json has {key} {one[key]!r}, {name}.json {other[key]!r}")
+    alike: dict[tuple, str] = {}  # steps go by demonstrations, and by whether the student learns: all methods alike
+    for name in stages.get("finetune", []):
+        args = records[name]["args"]
+        one = alike.setdefault((args.get("episodes"), args.get("student_lr")), name)
+        if (first := records[one]["args"].get("steps")) != args.get("steps"):
+            wrong.append(f"{one}.json has steps {first!r}, {name}.json {args.get('steps')!r}")
     if wrong:
         raise InputError("results of different configurations: " + "; ".join(wrong) + ": `make reproduce` makes anew "
                          "what is not of today's, or move the files of one configuration away")  # fmt: skip
@@ -152,10 +159,10 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
 
 
 def together(cells: dict[Key, Outcomes], methods: Sequence[str], n: int) -> tuple[str, dict[Key, Outcomes]]:
-    """The seeds of which all of these methods have policies of n demonstrations, and their trials one after another, as
-    cells of seed -1; nothing where there are fewer than two such seeds."""
-    seeds = sorted(s for m, k, s in cells if (m, k) == (methods[0], n) and all((o, n, s) in cells for o in methods))
-    if len(seeds) < 2:
+    """The seeds of fine-tuning (1, of all stages, is none) of which all of these methods have policies of n
+    demonstrations, and their trials one after another, as cells of seed -1; nothing where there are fewer than two."""
+    seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in methods)}
+    if len(seeds := sorted(seeds)) < 2:
         return "", {}
     tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in methods for s in seeds)]
     return ", ".join(map(str, seeds)), {

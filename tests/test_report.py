@@ -98,6 +98,9 @@ def test_seeds_are_taken_together(folder):
     write(folder, "trials_latbot_10_s2", "evaluate", ["policy_latbot_10_s2"], cells=cells("latbot", 10, "0" * 10, 2))
     write(folder, "trials_none_10_s2", "evaluate", ["policy_none_10_s2"], cells=cells("none", 10, "1000000000", 2))
     write(folder, "trials_latbot_10_s3", "evaluate", ["policy_latbot_10"], cells=cells("latbot", 10, "1" * 10, 3))
+    for method in ("latbot", "none"):  # of seed 1 the students are others, too
+        won = cells(method, 10, "1" * 10, 1)
+        write(folder, f"trials_{method}_10_s1", "evaluate", [f"policy_{method}_10"], cells=won)
     made = report.tables(report.load(folder)[0])
     assert "| LatBot | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
     assert "| no distillation | 0, 2 | 3/20 |" in made["controls"]
@@ -111,6 +114,12 @@ def test_configurations_are_not_mixed(folder):
     report.tables(report.load(folder)[0])  # what a unit sets itself may differ
     write(folder, "policy_none_100", "finetune", own=["episodes"], episodes=500, steps=200)
     with pytest.raises(InputError, match=r"policy_latbot_10.json has steps 100, policy_none_100.json 200"):
+        report.tables(report.load(folder)[0])
+    (folder / "policy_none_100.json").unlink()
+    write(folder, "policy_latbot_100", "finetune", own=["episodes", "steps"], episodes=500, steps=200)
+    report.tables(report.load(folder)[0])  # nor for how long it learns from so many demonstrations
+    write(folder, "policy_none_100", "finetune", own=["episodes"], episodes=500)
+    with pytest.raises(InputError, match=r"policy_latbot_100.json has steps 200, policy_none_100.json 100"):
         report.tables(report.load(folder)[0])
     (folder / "policy_none_100.json").unlink()
     write(folder, "lam_latbot", "lam", steps=60)
