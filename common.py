@@ -115,7 +115,7 @@ def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
     p, n = successes / trials, trials
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is inside, whatever rounding does
 
 
 # --------------------------------------------------------------------------------------------------------------------

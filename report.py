@@ -13,8 +13,9 @@ All policies meet the same placements, so two of them are compared trial by tria
 binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
 proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
 far other *placements* would move a number; what another *training* would do is shown by the rows of other seeds. Where
-LatBot and its baseline have policies fine-tuned from several seeds, a row takes their trials together, each pair within
-its seed, and counts placements met again as new ones. That covers no other student: those are of seed 1.
+LatBot and its baseline have policies fine-tuned from several seeds, their trials are taken together, in Table 4's shape
+and its figure too, each pair within its seed; placements met again count as new ones. That covers no other student:
+those are of seed 1.
 """
 
 import math
@@ -51,7 +52,7 @@ COMPARED = (  # the first is hoped to be above the second; "shuffled" differs fr
     ("dla", "univla-style"), ("latbot", "shuffled"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
     ("none", "scratch"),
 )  # fmt: skip
-MISSING = "–"
+MISSING, POOLED = "–", -1  # what has not been measured; the seed of cells that stand for several
 
 Key = tuple[str, int, int]  # method, demonstrations of each task, seed
 Outcomes = dict[str, str]  # task -> a 1 or a 0 for each trial
@@ -158,16 +159,19 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
     return found
 
 
-def together(cells: dict[Key, Outcomes], methods: Sequence[str], n: int) -> tuple[str, dict[Key, Outcomes]]:
-    """The seeds of fine-tuning (1, of all stages, is none) of which all of these methods have policies of n
-    demonstrations, and their trials one after another, as cells of seed -1; nothing where there are fewer than two."""
-    seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in methods)}
-    if len(seeds := sorted(seeds)) < 2:
-        return "", {}
-    tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in methods for s in seeds)]
-    return ", ".join(map(str, seeds)), {
-        (m, n, -1): {t: "".join(cells[m, n, s][t] for s in seeds) for t in tasks} for m in methods
-    }
+def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[int, str], dict[Key, Outcomes]]:
+    """For each number of demonstrations the seeds of fine-tuning (1, of all stages, is none) of which both of the
+    headline's methods have policies, where there are several, else ""; and their trials one after another, as cells of
+    seed POOLED."""
+    several, pooled, methods = {}, {}, COMPARED[0]
+    for n in numbers:
+        seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in methods)}
+        several[n] = ", ".join(map(str, sorted(seeds))) if len(seeds) > 1 else ""
+        if several[n]:
+            tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in methods for s in seeds)]
+            for m in methods:
+                pooled[m, n, POOLED] = {t: "".join(cells[m, n, s][t] for s in sorted(seeds)) for t in tasks}
+    return several, pooled
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -222,50 +226,58 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     few = numbers[0]
     tasks = [*TASKS, "mean", "95 % interval"]
     four, five, controls, paired = [], [], [], []
+    several, pooled = together(cells, numbers)
     for n in numbers:
-        for method in ("none", "latbot"):
-            four.append([str(n), NAMES[method], *row(cells, (method, n, 0), PAPER4.get((n, method), ()))])
+        for method in COMPARED[0][::-1]:
+            key = (method, n, POOLED if several[n] else 0)
+            four.append([str(n), NAMES[method], *row(cells | pooled, key, PAPER4.get((n, method), ()))])
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
         five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
-    seeds = sorted({0} | {k[2] for k in cells if k[1] == few})
-    several, pooled = together(cells, COMPARED[0], few)
-    for method in ("scratch", "none", "shuffled", "bc", "latbot"):
-        for seed in seeds if method in ("none", "latbot") else [0]:
-            controls.append([NAMES[method], str(seed), *row(cells, (method, few, seed))])
-        if several and method in COMPARED[0]:
-            controls.append([NAMES[method], several, *row(pooled, (method, few, -1))])
+    seeds = {n: sorted({0} | {k[2] for k in cells if k[1] == n}) for n in numbers}
+    for n in numbers:
+        for method in ("scratch", "none", "shuffled", "bc", "latbot") if n == few else COMPARED[0][::-1]:
+            own = seeds[n] if method in COMPARED[0] else [0]
+            if n == few or len(own) > 1:
+                for seed in own:
+                    controls.append([NAMES[method], str(n), str(seed), *row(cells, (method, n, seed))])
+            if method in COMPARED[0] and several[n]:
+                controls.append([NAMES[method], str(n), several[n], *row(pooled, (method, n, POOLED))])
     for first, second in COMPARED:
         for n in numbers:
-            for seed in seeds:
-                headline, here = (first, second) == COMPARED[0], [(first, n, seed), (second, n, seed)]
+            headline, what = (first, second) == COMPARED[0], f"{NAMES[first]} against {NAMES[second]}"
+            for seed in seeds[n]:
+                here = [(first, n, seed), (second, n, seed)]
                 asked = n == few and headline if seed else n == few or headline
                 if asked or set(here) <= cells.keys():
-                    what = f"{NAMES[first]} against {NAMES[second]}"
                     paired.append([what, str(n), str(seed), *difference(cells, *here)])
-            if several and headline and n == few:
-                both = ((m, few, -1) for m in COMPARED[0])
-                paired.append([what, str(n), several, *difference(pooled, *both)])
+            if headline and several[n]:
+                paired.append([what, str(n), several[n], *difference(pooled, *((m, n, POOLED) for m in COMPARED[0]))])
     return {
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
-        "controls": table([f"{few} demonstrations", "seed", *tasks], controls),
+        "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p (McNemar)",
                          "both, first, second, neither", "trials"], paired, 1),
-        "hours": table(["stage", "units", "hours each", "hours"], by_stage(records), 1),
+        "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
     }  # fmt: skip
 
 
 def by_stage(records: dict[str, dict]) -> list[list[str]]:
-    """What the stages took: each unit, and all together."""
-    hours: dict[str, list[float]] = {"all": []}
+    """What the stages took: each unit, all one after another, and on two cores, of which a unit of one takes half."""
+    hours: dict[str, list[tuple[float, float]]] = {"all": []}
     for record in records.values():
+        one = {int(n) for n in re.findall(r"(\d+) core", record.get("hardware", ""))} == {1}
         for stage in (record["stage"], "all"):
-            hours.setdefault(stage, []).append(record["seconds"] / 3600)
+            hours.setdefault(stage, []).append((took := record["seconds"] / 3600, took / 2 if one else took))
     hours["all"] = hours.pop("all")  # the last row
-    span = lambda h: f"{min(h):.2f}" + (f" to {max(h):.2f}" if f"{min(h):.2f}" != f"{max(h):.2f}" else "")
-    return [[stage, str(len(h)), span(h) if stage != "all" else "", f"{sum(h):.1f}"] for stage, h in hours.items()]
+    rows = []
+    for stage, pairs in hours.items():
+        each, shared = zip(*pairs, strict=True)
+        span = " to ".join(dict.fromkeys(f"{h:.2f}" for h in (min(each), max(each))))
+        rows.append([stage, str(len(each)), span if stage != "all" else "", f"{sum(each):.1f}", f"{sum(shared):.1f}"])
+    return rows
 
 
 def by_unit(records: dict[str, dict]) -> list[list[str]]:
@@ -306,12 +318,13 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
     check(records)
     cells, made = gather(records), []
     numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
+    several, pooled = together(cells, numbers)
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
             points = []
             for place, n in enumerate(numbers):
-                outcomes = cells.get((method, n, 0), {})
+                outcomes = (cells | pooled).get((method, n, POOLED if several[n] else 0), {})
                 text = "".join(outcomes.values()) if i == 0 else outcomes.get(task, "")
                 if text and (i or len(outcomes) == len(TASKS)):
                     points.append((place + aside, text.count("1") / len(text), *wilson(text.count("1"), len(text))))

@@ -219,6 +219,7 @@ def test_wilson_golden_values():
     low, high = common.wilson(8, 10)
     assert (round(low, 2), round(high, 2)) == (0.49, 0.94)
     assert common.wilson(0, 10)[0] == 0 and common.wilson(10, 10)[1] == 1 and common.wilson(0, 0) == (0, 1)
+    assert all(common.wilson(n, n)[1] == 1 and common.wilson(0, n)[0] == 0 for n in range(1, 400))  # not 1 - 1e-16
 
 
 def test_learning_rate_endpoints():

@@ -20,7 +20,8 @@ def write(folder, name, stage, needs=(), own=(), cells=None, **args):
     args = STAGE_ARGS[stage] | args
     marks = {n: json.loads((folder / f"{n}.json").read_text())["fingerprint"] for n in needs}
     record = {"unit": name, "stage": stage, "args": args, "own": list(own), "needs": marks, "seconds": 3600.0,
-              "fingerprint": fingerprint(args, marks), "finished": True, "commit": "abc", "hardware": "a CPU"}
+              "fingerprint": fingerprint(args, marks), "finished": True, "commit": "abc",
+              "hardware": ("2 cores" if stage == "lam" else "1 core") + " of a CPU"}
     if stage == "lam":
         record["curve"] = {"step": [0, 25, 50], "val_frame": [3.0, 2.0, 1.0], "val_action": [2.0, 1.0, 0.5]}
     folder.mkdir(exist_ok=True)
@@ -74,8 +75,8 @@ def test_tables(folder):
     numbers = f"{delta} | {low} to {high} | < 0.001 | 10, 30, 0, 10 | 50"
     assert paired == f"| LatBot against no distillation | 10 | 0 | {numbers} |"
     assert made["hours"].splitlines()[2:] == [
-        "| lam | 1 | 1.00 | 1.0 |", "| finetune | 2 | 1.00 | 2.0 |", "| evaluate | 2 | 1.00 | 2.0 |",
-        "| all | 5 |  | 5.0 |",
+        "| lam | 1 | 1.00 | 1.0 | 1.0 |", "| finetune | 2 | 1.00 | 2.0 | 1.0 |", "| evaluate | 2 | 1.00 | 2.0 | 1.0 |",
+        "| all | 5 |  | 5.0 | 3.0 |",
     ]  # fmt: skip
     five = made["table5"].splitlines()
     assert "–" in five[2] and five[2].endswith("| 51.0 % |") and "| LatBot | ✓ | ✓ | 8/10" in five[5]
@@ -102,10 +103,26 @@ def test_seeds_are_taken_together(folder):
         won = cells(method, 10, "1" * 10, 1)
         write(folder, f"trials_{method}_10_s1", "evaluate", [f"policy_{method}_10"], cells=won)
     made = report.tables(report.load(folder)[0])
-    assert "| LatBot | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
-    assert "| no distillation | 0, 2 | 3/20 |" in made["controls"]
+    assert "| LatBot | 10 | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
+    assert "| no distillation | 10 | 0, 2 | 3/20 |" in made["controls"]
+    assert "| 10 | LatBot | 8/20 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 8/10 |" in made["table5"]
     row = next(line for line in made["paired"].splitlines() if "LatBot against no" in line and "0, 2" in line)
     assert "| +25 |" in row and row.endswith("| 10, 30, 5, 55 | 100 |")  # of a task: 2, 6, 0, 2 and 0, 0, 1, 9
+
+
+def test_seeds_of_more_demonstrations_have_rows_too(folder):
+    """Fifty with a second seed, which is taken together with the first; a hundred with one have no row of seeds."""
+    for n, seed in ((50, 0), (50, 2), (100, 0)):
+        for method, outcomes in (("latbot", "1110000000"), ("none", "1000000000")):
+            name = f"{method}_{n}_s{seed}"
+            write(folder, f"policy_{name}", "finetune", own=["episodes"], episodes=5 * n)
+            write(folder, f"trials_{name}", "evaluate", [f"policy_{name}"], cells=cells(method, n, outcomes, seed))
+    made = report.tables(report.load(folder)[0])
+    assert "| 50 | LatBot | 6/20 (80) |" in made["table4"] and "| 100 | LatBot | 3/10 (60) |" in made["table4"]
+    for row in ("| no distillation | 50 | 0 | 1/10 |", "| no distillation | 50 | 2 |", "| LatBot | 50 | 0, 2 | 6/20 |"):
+        assert row in made["controls"]
+    assert "| LatBot | 100 |" not in made["controls"] and "| LatBot | 10 | 2 |" not in made["controls"]
+    assert "| LatBot against no distillation | 50 | 0, 2 | +20 |" in made["paired"]
 
 
 def test_configurations_are_not_mixed(folder):
