@@ -124,6 +124,10 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "none", 10, 2, "{start_paligemma}/hf"),
     ("c", "latbot", 10, 3, "{student_latbot}"),
     ("c", "none", 10, 3, "{start_paligemma}/hf"),
+    ("c", "latbot", 50, 2, "{student_latbot}"),
+    ("c", "none", 50, 2, "{start_paligemma}/hf"),
+    ("c", "latbot", 50, 3, "{student_latbot}"),
+    ("c", "none", 50, 3, "{start_paligemma}/hf"),
 )
 
 
