@@ -128,6 +128,7 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "none", 50, 2, "{start_paligemma}/hf"),
     ("c", "latbot", 50, 3, "{student_latbot}"),
     ("c", "none", 50, 3, "{start_paligemma}/hf"),
+    ("c", "shuffled", 50, 0, "{student_shuffled}"),
 )
 
 
