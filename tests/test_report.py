@@ -117,10 +117,13 @@ def test_seeds_of_more_demonstrations_have_rows_too(folder):
             name = f"{method}_{n}_s{seed}"
             write(folder, f"policy_{name}", "finetune", own=["episodes"], episodes=5 * n)
             write(folder, f"trials_{name}", "evaluate", [f"policy_{name}"], cells=cells(method, n, outcomes, seed))
+    write(folder, "trials_shuffled_50", "evaluate", cells=cells("shuffled", 50, "1100000000"))
     made = report.tables(report.load(folder)[0])
     assert "| 50 | LatBot | 6/20 (80) |" in made["table4"] and "| 100 | LatBot | 3/10 (60) |" in made["table4"]
-    for row in ("| no distillation | 50 | 0 | 1/10 |", "| no distillation | 50 | 2 |", "| LatBot | 50 | 0, 2 | 6/20 |"):
+    for row in ("| no distillation | 50 | 0 | 1/10 |", "| no distillation | 50 | 2 |", "| LatBot | 50 | 0, 2 | 6/20 |",
+                "| Z shuffled | 50 | 0 | 2/10 |"):  # fmt: skip
         assert row in made["controls"]
+    assert "| LatBot against Z shuffled | 50 | 0 | +10 |" in made["paired"]
     assert "| LatBot | 100 |" not in made["controls"] and "| LatBot | 10 | 2 |" not in made["controls"]
     assert "| LatBot against no distillation | 50 | 0, 2 | +20 |" in made["paired"]
 
