@@ -126,6 +126,9 @@ def test_seeds_of_more_demonstrations_have_rows_too(folder):
     assert "| LatBot against Z shuffled | 50 | 0 | +10 |" in made["paired"]
     assert "| LatBot | 100 |" not in made["controls"] and "| LatBot | 10 | 2 |" not in made["controls"]
     assert "| LatBot against no distillation | 50 | 0, 2 | +20 |" in made["paired"]
+    write(folder, "trials_shuffled_100", "evaluate", cells=cells("shuffled", 100, "1100000000"))
+    made = report.tables(report.load(folder)[0])  # a control brings what it is compared with
+    assert "| Z shuffled | 100 | 0 | 2/10 |" in made["controls"] and "| LatBot | 100 | 0 | 3/10 |" in made["controls"]
 
 
 def test_configurations_are_not_mixed(folder):
