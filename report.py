@@ -162,15 +162,16 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
 def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[int, str], dict[Key, Outcomes]]:
     """For each number of demonstrations the seeds of fine-tuning (1, of all stages, is none) of which both of the
     headline's methods have policies, where there are several, else ""; and their trials one after another, as cells of
-    seed POOLED."""
-    several, pooled, methods = {}, {}, COMPARED[0]
+    seed POOLED, with those of each other method that has all of these."""
+    several, pooled, headline = {}, {}, COMPARED[0]
     for n in numbers:
-        seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in methods)}
+        seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in headline)}
         several[n] = ", ".join(map(str, sorted(seeds))) if len(seeds) > 1 else ""
         if several[n]:
-            tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in methods for s in seeds)]
-            for m in methods:
-                pooled[m, n, POOLED] = {t: "".join(cells[m, n, s][t] for s in sorted(seeds)) for t in tasks}
+            tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in headline for s in seeds)]
+            for m in NAMES:
+                if all(t in cells.get((m, n, s), {}) for s in seeds for t in tasks):
+                    pooled[m, n, POOLED] = {t: "".join(cells[m, n, s][t] for s in sorted(seeds)) for t in tasks}
     return several, pooled
 
 
@@ -238,10 +239,11 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     for n in numbers:
         more = any(k == n and (seed or method not in COMPARED[0]) for method, k, seed in cells)  # than Table 4 has
         for method in ("scratch", "none", "shuffled", "bc", "latbot"):
-            for seed in seeds[n] if method in COMPARED[0] else [0]:
-                if n == few or more and (method, n, seed) in cells:
+            for seed in seeds[n]:
+                expected = n == few and (method in COMPARED[0] or not seed)
+                if expected or more and (method, n, seed) in cells:
                     controls.append([NAMES[method], str(n), str(seed), *row(cells, (method, n, seed))])
-            if method in COMPARED[0] and several[n]:
+            if (method, n, POOLED) in pooled:
                 controls.append([NAMES[method], str(n), several[n], *row(pooled, (method, n, POOLED))])
     for first, second in COMPARED:
         for n in numbers:
@@ -251,8 +253,9 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
                 asked = n == few and headline if seed else n == few or headline
                 if asked or set(here) <= cells.keys():
                     paired.append([what, str(n), str(seed), *difference(cells, *here)])
-            if headline and several[n]:
-                paired.append([what, str(n), several[n], *difference(pooled, *((m, n, POOLED) for m in COMPARED[0]))])
+            here = [(first, n, POOLED), (second, n, POOLED)]
+            if set(here) <= pooled.keys():
+                paired.append([what, str(n), several[n], *difference(pooled, *here)])
     return {
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),

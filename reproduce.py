@@ -129,6 +129,8 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "latbot", 50, 3, "{student_latbot}"),
     ("c", "none", 50, 3, "{start_paligemma}/hf"),
     ("c", "shuffled", 50, 0, "{student_shuffled}"),
+    ("c", "shuffled", 10, 2, "{student_shuffled}"),
+    ("c", "shuffled", 10, 3, "{student_shuffled}"),
 )
 
 

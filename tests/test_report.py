@@ -108,6 +108,16 @@ def test_seeds_are_taken_together(folder):
     assert "| 10 | LatBot | 8/20 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 8/10 |" in made["table5"]
     row = next(line for line in made["paired"].splitlines() if "LatBot against no" in line and "0, 2" in line)
     assert "| +25 |" in row and row.endswith("| 10, 30, 5, 55 | 100 |")  # of a task: 2, 6, 0, 2 and 0, 0, 1, 9
+    assert "| Z shuffled | 10 | 0, 2 |" not in made["controls"]
+    for seed in (0, 2, 3):  # a control that has these seeds, too
+        name = f"trials_shuffled_10_s{seed}"
+        write(folder, name, "evaluate", cells=cells("shuffled", 10, "1100000000", seed))
+        row = "| Z shuffled | 10 | 0, 2 | 4/20 |"
+        made = report.tables(report.load(folder)[0])
+        assert (row in made["controls"]) == (seed >= 2), seed
+    assert "| Z shuffled | 10 | 3 | 2/10 |" in made["controls"]
+    assert "| LatBot against Z shuffled | 10 | 0, 2 | +20 |" in made["paired"]
+    assert "| LatBot against Z shuffled | 10 | 3 | +80 |" in made["paired"]
 
 
 def test_seeds_of_more_demonstrations_have_rows_too(folder):
