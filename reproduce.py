@@ -131,6 +131,8 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "shuffled", 50, 0, "{student_shuffled}"),
     ("c", "shuffled", 10, 2, "{student_shuffled}"),
     ("c", "shuffled", 10, 3, "{student_shuffled}"),
+    ("c", "shuffled", 50, 2, "{student_shuffled}"),
+    ("c", "shuffled", 50, 3, "{student_shuffled}"),
 )
 
 
