@@ -175,6 +175,11 @@ def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[i
     return several, pooled
 
 
+def widest(cells: dict[Key, Outcomes], method: str, n: int) -> Key:
+    """The cell of several seeds together, where there is one, else that of seed 0."""
+    return (method, n, POOLED if (method, n, POOLED) in cells else 0)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,7 +235,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     several, pooled = together(cells, numbers)
     for n in numbers:
         for method in COMPARED[0][::-1]:
-            key = (method, n, POOLED if several[n] else 0)
+            key = widest(cells | pooled, method, n)
             four.append([str(n), NAMES[method], *row(cells | pooled, key, PAPER4.get((n, method), ()))])
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
@@ -257,6 +262,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
             if set(here) <= pooled.keys():
                 paired.append([what, str(n), several[n], *difference(pooled, *here)])
     return {
+        "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(cells | pooled, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
@@ -265,6 +271,26 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
     }  # fmt: skip
+
+
+def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
+    """Mean success of every method at every number of demonstrations, all its seeds of fine-tuning where they count
+    together, and the headline's difference. What is not asked of a method stays empty."""
+    size = reproduce.PRESETS[preset].demonstrations
+    asked = {(method, size[number]) for _, method, number, seed, _ in reproduce.POLICIES if not seed}
+    rows = []
+    for method, name in NAMES.items():
+        texts = (rate(cells.get(widest(cells, method, n), {})) for n in sorted(size.values()))
+        rows.append([name, *(f"{mean} ({span})" if span else mean for mean, span in texts)])
+        for i, n in enumerate(sorted(size.values()), 1):
+            if rows[-1][i] == MISSING and (method, n) not in asked:
+                rows[-1][i] = ""
+    first, second = COMPARED[0]
+    last = [f"{NAMES[first]} against {NAMES[second]}, points"]
+    for n in sorted(size.values()):
+        points, span, *_ = difference(cells, widest(cells, first, n), widest(cells, second, n))
+        last.append(f"{points} ({span})" if span != MISSING else MISSING)
+    return [*rows, last]
 
 
 def by_stage(records: dict[str, dict]) -> list[list[str]]:
@@ -321,13 +347,13 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
     check(records)
     cells, made = gather(records), []
     numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
-    several, pooled = together(cells, numbers)
+    cells |= together(cells, numbers)[1]
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
             points = []
             for place, n in enumerate(numbers):
-                outcomes = (cells | pooled).get((method, n, POOLED if several[n] else 0), {})
+                outcomes = cells.get(widest(cells, method, n), {})
                 text = "".join(outcomes.values()) if i == 0 else outcomes.get(task, "")
                 if text and (i or len(outcomes) == len(TASKS)):
                     points.append((place + aside, text.count("1") / len(text), *wilson(text.count("1"), len(text))))

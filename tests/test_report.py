@@ -64,7 +64,7 @@ def test_paired_statistics():
 def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
-    assert not strange and set(made) == {"table4", "table5", "controls", "paired", "hours", "units"}
+    assert not strange and set(made) == {"summary", "table4", "table5", "controls", "paired", "hours", "units"}
     none, latbot, *more = made["table4"].splitlines()[2:]
     assert [line.count("–") for line in more] == [6] * 4  # 50 and 100, which nobody has measured
     assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
@@ -118,6 +118,8 @@ def test_seeds_are_taken_together(folder):
     assert "| Z shuffled | 10 | 3 | 2/10 |" in made["controls"]
     assert "| LatBot against Z shuffled | 10 | 0, 2 | +20 |" in made["paired"]
     assert "| LatBot against Z shuffled | 10 | 3 | +80 |" in made["paired"]
+    assert "| Z shuffled | **20 %** (13 to 29 %, n = 100) | – |  |" in made["summary"]  # 100 is not asked of it
+    assert "| LatBot against no distillation, points | +25 (+14 to +35) | – | – |" in made["summary"]
 
 
 def test_seeds_of_more_demonstrations_have_rows_too(folder):
