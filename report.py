@@ -4,9 +4,10 @@
     python report.py --small --films trials_latbot_10     # and results/small/*.gif, where these were just made
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
-that have such lines (NAME: table4, table5, controls, paired, hours, units), and two figures. What has not been measured
-yet is shown as missing. Results of different configurations are refused: files whose stages had different arguments
-beside those in which units are meant to differ, or that were made from another unit than the one that is there.
+that have such lines (NAME: summary, table4, table5, controls, paired, hours, units), and two figures. What has not been
+measured yet is shown as missing. Results of different configurations are refused: files whose stages had different
+arguments beside those in which units are meant to differ, or that were made from another unit than the one that is
+there.
 
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
@@ -14,8 +15,8 @@ binomial test on the trials that only one of them did), and Newcombe's score int
 proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
 far other *placements* would move a number; what another *training* would do is shown by the rows of other seeds. Where
 LatBot and its baseline have policies fine-tuned from several seeds, their trials are taken together, in Table 4's shape
-and its figure too, each pair within its seed; placements met again count as new ones. That covers no other student:
-those are of seed 1.
+and its figure too, each pair within its seed, and those of a control that has all these seeds; placements met again
+count as new ones. That covers no other student: those are of seed 1.
 """
 
 import math
