@@ -234,13 +234,13 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     tasks = [*TASKS, "mean", "95 % interval"]
     four, five, controls, paired = [], [], [], []
     several, pooled = together(cells, numbers)
+    both = cells | pooled
     for n in numbers:
         for method in COMPARED[0][::-1]:
-            key = widest(cells | pooled, method, n)
-            four.append([str(n), NAMES[method], *row(cells | pooled, key, PAPER4.get((n, method), ()))])
+            four.append([str(n), NAMES[method], *row(both, widest(both, method, n), PAPER4.get((n, method), ()))])
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
-        five.append([NAMES[method], uad, dla, *row(cells, (method, few, 0)), f"{score:.1f} %"])
+        five.append([NAMES[method], uad, dla, *row(both, widest(both, method, few)), f"{score:.1f} %"])
     seeds = {n: sorted({0} | {k[2] for k in cells if k[1] == n}) for n in numbers}
     for n in numbers:
         more = any(k == n and (seed or method not in COMPARED[0]) for method, k, seed in cells)  # than Table 4 has
@@ -263,7 +263,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
             if set(here) <= pooled.keys():
                 paired.append([what, str(n), several[n], *difference(pooled, *here)])
     return {
-        "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(cells | pooled, preset), 1),
+        "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(both, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),

@@ -133,6 +133,14 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "shuffled", 10, 3, "{student_shuffled}"),
     ("c", "shuffled", 50, 2, "{student_shuffled}"),
     ("c", "shuffled", 50, 3, "{student_shuffled}"),
+    ("b", "univla-style", 10, 2, "{student_univla-style}"),
+    ("b", "univla-style", 10, 3, "{student_univla-style}"),
+    ("b", "uad", 10, 2, "{student_uad}"),
+    ("b", "uad", 10, 3, "{student_uad}"),
+    ("b", "dla", 10, 2, "{student_dla}"),
+    ("b", "dla", 10, 3, "{student_dla}"),
+    ("c", "bc", 10, 2, "{student_bc}"),
+    ("c", "bc", 10, 3, "{student_bc}"),
 )
 
 

@@ -105,7 +105,7 @@ def test_seeds_are_taken_together(folder):
     made = report.tables(report.load(folder)[0])
     assert "| LatBot | 10 | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
     assert "| no distillation | 10 | 0, 2 | 3/20 |" in made["controls"]
-    assert "| 10 | LatBot | 8/20 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 8/10 |" in made["table5"]
+    assert "| 10 | LatBot | 8/20 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 8/20 |" in made["table5"]
     row = next(line for line in made["paired"].splitlines() if "LatBot against no" in line and "0, 2" in line)
     assert "| +25 |" in row and row.endswith("| 10, 30, 5, 55 | 100 |")  # of a task: 2, 6, 0, 2 and 0, 0, 1, 9
     assert "| Z shuffled | 10 | 0, 2 |" not in made["controls"]
