@@ -384,12 +384,15 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
         rows = math.ceil(len(shown) / 3)
         fig, axes = plt.subplots(rows, 3, figsize=(13, 3 * rows), squeeze=False, layout="constrained")
         for ax, ((stage, key), names) in zip(axes.flat, shown.items(), strict=False):
-            for k, name in enumerate(names):
+            kinds = [re.sub(r"_s\d+$", "", name) for name in names]  # seeds of one look alike
+            for name, kind in zip(names, kinds, strict=True):
+                first, k = kind not in kinds[: names.index(name)], list(dict.fromkeys(kinds)).index(kind)
                 steps, values = (curves[name]["curve"][c] for c in ("step", key))
                 learned = slice(1 if len(steps) > 2 else 0, None)  # before the first step it is off the scale
-                ax.plot(steps[learned], values[learned], ("-", "--", ":")[k // 10 % 3], label=name)
+                ax.plot(steps[learned], values[learned], ("-", "--", ":")[k // 10 % 3], color=f"C{k % 10}",
+                        label=kind if first else None)  # fmt: skip
             ax.set(title=f"{stage}: {key}", xlabel="step")
-            many = len(names) > 6
+            many = len({*kinds}) > 6
             ax.legend(fontsize=5 if many else 6, ncols=2 if many else 1, framealpha=0.5)
         for ax in axes.flat[len(shown) :]:
             ax.axis("off")
