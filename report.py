@@ -279,16 +279,16 @@ def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
     together, and the headline's difference. What is not asked of a method stays empty."""
     size = reproduce.PRESETS[preset].demonstrations
     asked = {(method, size[number]) for _, method, number, seed, _ in reproduce.POLICIES if not seed}
-    rows = []
+    numbers, rows = sorted(size.values()), []
     for method, name in NAMES.items():
-        texts = (rate(cells.get(widest(cells, method, n), {})) for n in sorted(size.values()))
+        texts = (rate(cells.get(widest(cells, method, n), {})) for n in numbers)
         rows.append([name, *(f"{mean} ({span})" if span else mean for mean, span in texts)])
-        for i, n in enumerate(sorted(size.values()), 1):
+        for i, n in enumerate(numbers, 1):
             if rows[-1][i] == MISSING and (method, n) not in asked:
                 rows[-1][i] = ""
     first, second = COMPARED[0]
     last = [f"{NAMES[first]} against {NAMES[second]}, points"]
-    for n in sorted(size.values()):
+    for n in numbers:
         points, span, *_ = difference(cells, widest(cells, first, n), widest(cells, second, n))
         last.append(f"{points} ({span})" if span != MISSING else MISSING)
     return [*rows, last]
@@ -384,15 +384,17 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
         rows = math.ceil(len(shown) / 3)
         fig, axes = plt.subplots(rows, 3, figsize=(13, 3 * rows), squeeze=False, layout="constrained")
         for ax, ((stage, key), names) in zip(axes.flat, shown.items(), strict=False):
-            kinds = [re.sub(r"_s\d+$", "", name) for name in names]  # seeds of one look alike
-            for name, kind in zip(names, kinds, strict=True):
-                first, k = kind not in kinds[: names.index(name)], list(dict.fromkeys(kinds)).index(kind)
-                steps, values = (curves[name]["curve"][c] for c in ("step", key))
-                learned = slice(1 if len(steps) > 2 else 0, None)  # before the first step it is off the scale
-                ax.plot(steps[learned], values[learned], ("-", "--", ":")[k // 10 % 3], color=f"C{k % 10}",
-                        label=kind if first else None)  # fmt: skip
+            kinds: dict[str, list[str]] = {}  # seeds of one look alike
+            for name in names:
+                kinds.setdefault(re.sub(r"_s\d+$", "", name), []).append(name)
+            for k, (kind, alike) in enumerate(kinds.items()):
+                for name in alike:
+                    steps, values = (curves[name]["curve"][c] for c in ("step", key))
+                    learned = slice(1 if len(steps) > 2 else 0, None)  # before the first step it is off the scale
+                    ax.plot(steps[learned], values[learned], ("-", "--", ":")[k // 10 % 3], color=f"C{k % 10}",
+                            label=kind if name == alike[0] else None)  # fmt: skip
             ax.set(title=f"{stage}: {key}", xlabel="step")
-            many = len({*kinds}) > 6
+            many = len(kinds) > 6
             ax.legend(fontsize=5 if many else 6, ncols=2 if many else 1, framealpha=0.5)
         for ax in axes.flat[len(shown) :]:
             ax.axis("off")
