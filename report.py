@@ -4,10 +4,10 @@
     python report.py --small --films trials_latbot_10     # and results/small/*.gif, where these were just made
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
-that have such lines (NAME: summary, table4, table5, controls, paired, hours, units), and two figures. What has not been
-measured yet is shown as missing. Results of different configurations are refused: files whose stages had different
-arguments beside those in which units are meant to differ, or that were made from another unit than the one that is
-there.
+that have such lines (NAME: summary, table4, table5, learned, controls, paired, hours, units), and two figures. What has
+not been measured yet is shown as missing. Results of different configurations are refused: files whose stages had
+different arguments beside those in which units are meant to differ, or that were made from another unit than the one
+that is there.
 
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
@@ -53,6 +53,16 @@ COMPARED = (  # the first is hoped to be above the second; "shuffled" differs fr
     ("dla", "univla-style"), ("latbot", "shuffled"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
     ("none", "scratch"),
 )  # fmt: skip
+LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
+    "frame: PSNR, dB (of copying)": {"val_psnr": "{:.1f}", "val_psnr_copy": "({:.1f})"},
+    "its error without Z_sce": {"val_frame_zero_sce": "x {:.1f}"},
+    "actions: R2": {"val_r2": "{:.2f}"},
+    "their error without Z_mot": {"val_motion_zero_mot": "x {:.1f}"},
+    "grippers": {"val_gripper_accuracy": "{:.2f}"},
+    "Zhat: error, of the mean's": {"of_mean": "{:.2f}"},
+    "cosine with Z (another's)": {"val_cosine": "{:.2f}", "val_cosine_shuffled": "({:.2f})"},
+    "phases: perplexity": {"val_perplexity": "{:.2f}"},
+}
 MISSING, POOLED = "–", -1  # what has not been measured; the seed of cells that stand for several
 
 Key = tuple[str, int, int]  # method, demonstrations of each task, seed
@@ -266,6 +276,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(both, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
+        "learned": table(["seed 0, held-out play", *LEARNED], learned(records), 1),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p (McNemar)",
                          "both, first, second, neither", "trials"], paired, 1),
@@ -292,6 +303,20 @@ def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
         points, span, *_ = difference(cells, widest(cells, first, n), widest(cells, second, n))
         last.append(f"{points} ({span})" if span != MISSING else MISSING)
     return [*rows, last]
+
+
+def learned(records: dict[str, dict]) -> list[list[str]]:
+    """What the latent action model and the student of each method of Table 5 do on held-out play, and the control's."""
+    rows = []
+    for method in (*PAPER5, "shuffled"):
+        last = {}
+        for name in (f"lam_{method}", f"student_{method}"):  # their metrics have different names
+            last |= {key: values[-1] for key, values in records.get(name, {}).get("curve", {}).items()}
+        if "val_mse" in last:
+            last["of_mean"] = last["val_mse"] / last["val_mse_mean"]
+        rows.append([NAMES[method], *(" ".join(form.format(last[k]) for k, form in metrics.items() if k in last)
+                                      for metrics in LEARNED.values())])  # fmt: skip
+    return rows
 
 
 def by_stage(records: dict[str, dict]) -> list[list[str]]:

@@ -64,7 +64,8 @@ def test_paired_statistics():
 def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
-    assert not strange and set(made) == {"summary", "table4", "table5", "controls", "paired", "hours", "units"}
+    assert not strange
+    assert set(made) == {"summary", "table4", "table5", "learned", "controls", "paired", "hours", "units"}
     none, latbot, *more = made["table4"].splitlines()[2:]
     assert [line.count("–") for line in more] == [6] * 4  # 50 and 100, which nobody has measured
     assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
@@ -90,6 +91,19 @@ def test_what_is_missing_is_shown_as_such(folder):
     assert "n = 30, 3 of 5 tasks" in made["table5"]
     assert "| LatBot against no distillation | 10 | 0 | – |" in made["paired"]
     assert report.draw(report.load(folder)[0], folder)[0].stat().st_size > 5000
+
+
+def test_what_stages_1_and_2_learned(folder):
+    """The last values of a method's model and student, each where it belongs; the control has no model of its own."""
+    curves = {"lam_dla": {"val_psnr": [20.2, 24.47], "val_psnr_copy": [20.2, 20.2], "val_frame_zero_sce": [1.0, 3.478]},
+              "lam_latbot": {"val_r2": [-2.0, 0.41], "val_gripper_accuracy": [0.2, 0.906]},
+              "student_latbot": {"val_mse": [2.0, 0.2], "val_mse_mean": [0.5, 0.5], "val_cosine": [0.1, 0.897]},
+              "student_shuffled": {"val_mse": [2.0, 0.6], "val_mse_mean": [0.5, 0.5]}}  # fmt: skip
+    made = report.tables({n: {"stage": "lam", "args": {}, "own": [], "needs": {}, "seconds": 1.0, "curve": curve}
+                          for n, curve in curves.items()})["learned"].splitlines()[2:]  # fmt: skip
+    assert made == ["| UniVLA-style |  |  |  |  |  |  |  |  |", "| + DLA | 24.5 (20.2) | x 3.5 |  |  |  |  |  |  |",
+                    "| + UAD |  |  |  |  |  |  |  |  |", "| LatBot |  |  | 0.41 |  | 0.91 | 0.40 | 0.90 |  |",
+                    "| Z shuffled |  |  |  |  |  | 1.20 |  |  |"]  # fmt: skip
 
 
 def test_seeds_are_taken_together(folder):
