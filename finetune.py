@@ -94,6 +94,9 @@ class Args:
     """The student: a run of distill.py; lerobot/pi05_base or PaliGemma (folder or hub name) for the baselines;
     paligemma-small or paligemma-tiny for random weights. Or a run of this stage, whose student and expert then learn
     other data: normalisation is that of the new data, not its own. (Sec. 3.3)"""
+    new_expert: bool = False
+    """Of the policy that --init names take the student alone: the expert is --expert's, as beside any student. (our
+    choice)"""
     out: str = "runs/paper/finetune"
     """Run folder: log and checkpoints."""
     resume: bool = False
@@ -395,24 +398,32 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
         return VLA(student, size, args.chunk, len(args.cameras), args.checkpointing)
     size, rest = expert_size(args.expert), {}
     trained = _run(args.expert) if args.expert not in EXPERT_SIZES else None
-    if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune":
-        then = common.load_args(Args, common.load_meta(found, "args"))
+    policy = found if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune" else None
+    if args.new_expert and not policy:
+        raise InputError(f"--new-expert takes the student of a policy, and --init {args.init} is none: leave it out")
+    if policy and not args.new_expert:
+        then = common.load_args(Args, common.load_meta(policy, "args"))
         if trained:
             raise InputError(f"--init {args.init} is a policy with an expert of its own, and so is --expert "
-                             f"{args.expert}: give --expert {expert_size(then.expert)}, or the student of the one, "
-                             f"{then.init}, as --init")  # fmt: skip
+                             f"{args.expert}: give --expert {expert_size(then.expert)}, or add --new-expert to take "
+                             f"the student of the one alone")  # fmt: skip
         there, here = ({"expert": expert_size(a.expert), "chunk": a.chunk, "cameras": list(a.cameras)}
                        for a in (then, args))  # fmt: skip
         if there != here:
             raise InputError(f"--init {args.init} is a policy with {there}, and this command asks for {here}: give the "
-                             f"same --expert, --chunk and --cameras, or its student, {then.init}, as --init")
-        model = build(args, found)
-        common.load_weights(model, found)
+                             f"same --expert, --chunk and --cameras, or add --new-expert to take its student alone")
+        model = build(args, policy)
+        common.load_weights(model, policy)
         return model
     sources: dict[str, list[tuple[str, Tensor]]] = {}  # what was in published files
     if args.expert not in EXPERT_SIZES and args.expert != args.init and not trained:
         rest, sources[args.expert] = _pi05_rest(args.expert), []
-    if args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
+    if policy:
+        # A policy of its own arguments, of which the expert and the norms are then left behind.
+        whole = build(common.load_args(Args, common.load_meta(policy, "args")), policy)
+        common.load_weights(whole, policy)
+        student = whole.student
+    elif args.init in common.VLM_SIZES or (Path(args.init) / "config.json").exists() or _hub_name(args.init):
         vlm, tokenizer = common.load_vlm(args.init)
         student = Student(vlm, tokenizer, args.latents, vlm.config.text_config.hidden_size)
         if args.init not in common.VLM_SIZES:

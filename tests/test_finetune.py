@@ -905,7 +905,7 @@ def test_init_from_a_policy(data, overfitted, tmp_path):
     cases = [
         ({"chunk": 3, "execute": 2}, "'chunk': 4.*'chunk': 3.*the same --expert, --chunk and --cameras"),
         ({"cameras": ("primary", "wrist")}, r"\['wrist', 'primary'\].*\['primary', 'wrist'\]"),
-        ({"expert": "small"}, "'expert': 'tiny'.*'expert': 'small'.*its student, paligemma-micro"),
+        ({"expert": "small"}, "'expert': 'tiny'.*'expert': 'small'.*or add --new-expert"),
     ]
     for odd, says in cases:
         with pytest.raises(InputError, match=says):
@@ -930,11 +930,26 @@ def test_the_expert_of_a_policy(data, overfitted, tmp_path):
     assert not any(name.startswith("student.") and name.endswith("proj.weight") for name in same)
     meta = common.load_meta(common.find_checkpoint(tmp_path / "run", "finetune"))
     assert meta["expert"] == began and meta["init"] is None and meta["args"]["expert"] == "tiny"
-    with pytest.raises(InputError, match="is a policy with an expert of its own, .* give --expert tiny, or .*micro"):
+    with pytest.raises(InputError, match="with an expert of its own, .* give --expert tiny, or add --new-expert"):
         finetune.build(run_args("", "", **like | {"init": str(overfitted), "expert": str(overfitted)}))
     run = h.save_student(tmp_path / "student", h.make_student())
     with pytest.raises(InputError, match="unknown --expert '.*', a run of stage 'distill': give one of finetune.py"):
         finetune.build(run_args("", "", **like | {"expert": str(run)}))
+
+
+def test_a_policys_student_with_a_new_expert(overfitted, data, tmp_path):
+    """Of the policy only the student stays; the rest is as beside any student, its shape and the new data's norms."""
+    run = tmp_path / "run"
+    asked = run_args(data, run, init=str(overfitted), new_expert=True, chunk=3, steps=1, save_every=1, student_lr=0.0)
+    finetune.train(asked, h.process())
+    old, new = (finetune.load_policy(path) for path in (overfitted, run))
+    theirs, ours = (dict(p.model.named_parameters()) for p in (old, new))
+    assert all(torch.equal(p, theirs[name]) for name, p in ours.items() if name.startswith("student."))
+    moved = [n for n, p in ours.items() if n.startswith("expert.") and p.ndim > 1 and not torch.equal(p, theirs[n])]
+    assert moved and len(moved) == sum(n.startswith("expert.") and p.ndim > 1 for n, p in ours.items())
+    assert (new.chunk, old.chunk) == (3, 4)
+    with pytest.raises(InputError, match="--new-expert takes the student of a policy, and --init .* is none"):
+        finetune.build(run_args("", "", init="paligemma-tiny", new_expert=True))
 
 
 @pytest.mark.parametrize("flag,still", [("student_lr", "student."), ("vision_lr", "student.vlm.vision_tower.")])
