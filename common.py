@@ -108,7 +108,7 @@ def run_main(main: Callable[[], None], resumes: bool = True) -> None:
         sys.exit(2)
 
 
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, trials: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a success rate, 95 % by default. Returns (low, high) in [0, 1]."""
     if trials == 0:
         return 0.0, 1.0

@@ -12,11 +12,14 @@ that is there.
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
 binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
-proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Both say how
-far other *placements* would move a number; what another *training* would do is shown by the rows of other seeds. Where
-LatBot and its baseline have policies fine-tuned from several seeds, their trials are taken together, in Table 4's shape
-and its figure too, each pair within its seed, and those of a control that has all these seeds; placements met again
-count as new ones. That covers no other student: those are of seed 1.
+proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Where LatBot and
+its baseline have policies fine-tuned from several seeds, their trials are taken together, in Table 4's shape and its
+figure too, each pair within its seed, and those of another method that has all these seeds. They meet the same
+placements, where they do alike more often than elsewhere, so that a placement counts once, as the mean of its trials:
+Wilson's interval is of as many fewer trials as that makes them worth, the test flips the signs of the placements'
+differences, in all ways (of single policies that is McNemar's), and the difference's interval is 1.96 standard errors
+of their mean to each side. All this says how far other *placements* would move a number; what another fine-tuning
+would do is shown by the rows of single seeds, and another student by those of seed 1.
 """
 
 import math
@@ -55,9 +58,9 @@ COMPARED = (  # the first is hoped to be above the second; "shuffled" differs fr
 )  # fmt: skip
 LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "frame: PSNR, dB (of copying)": {"val_psnr": "{:.1f}", "val_psnr_copy": "({:.1f})"},
-    "its error without Z_sce": {"val_frame_zero_sce": "x {:.1f}"},
+    "its error without Z_sce; Z_mot": {"val_frame_zero_sce": "x {:.1f};", "val_frame_zero_mot": "x {:.2f}"},
     "actions: R2": {"val_r2": "{:.2f}"},
-    "their error without Z_mot": {"val_motion_zero_mot": "x {:.1f}"},
+    "their error without Z_mot; Z_sce": {"val_motion_zero_mot": "x {:.1f};", "val_motion_zero_sce": "x {:.2f}"},
     "grippers": {"val_gripper_accuracy": "{:.2f}"},
     "Zhat: error, of the mean's": {"of_mean": "{:.2f}"},
     "cosine with Z (another's)": {"val_cosine": "{:.2f}", "val_cosine_shuffled": "({:.2f})"},
@@ -66,7 +69,7 @@ LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
 MISSING, POOLED = "–", -1  # what has not been measured; the seed of cells that stand for several
 
 Key = tuple[str, int, int]  # method, demonstrations of each task, seed
-Outcomes = dict[str, str]  # task -> a 1 or a 0 for each trial
+Outcomes = dict[str, tuple[str, ...]]  # task -> for each policy a 1 or a 0 of each placement
 
 # --------------------------------------------------------------------------------------------------------------------
 # Statistics
@@ -76,14 +79,27 @@ Outcomes = dict[str, str]  # task -> a 1 or a 0 for each trial
 def pairs(first: Outcomes, second: Outcomes) -> tuple[int, int, int, int]:
     """Trials of the tasks that both have: done by both, by the first only, by the second only, by neither."""
     both = [a + b for task in TASKS if task in first and task in second
-            for a, b in zip(first[task], second[task], strict=True)]  # fmt: skip
+            for a, b in zip("".join(first[task]), "".join(second[task]), strict=True)]  # fmt: skip
     return both.count("11"), both.count("10"), both.count("01"), both.count("00")
 
 
-def mcnemar(b: int, c: int) -> float:
-    """Two-sided exact McNemar test: how likely so uneven a split of b + c trials is, were both policies alike."""
-    n = b + c
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n)
+def placements(outcomes: Outcomes, task: str) -> list[int]:
+    """Successes at each placement, of as many trials as there are policies."""
+    return [trials.count("1") for trials in zip(*outcomes[task], strict=True)]
+
+
+def sign_flips(differences: Sequence[int]) -> float:
+    """Two-sided exact test of a mean of 0: the share of all 2^n choices of signs whose sum is as far from 0. Of ones
+    alone it is McNemar's test: how likely so uneven a split of the trials that only one did is, were both alike."""
+    ways = {0: 1}
+    for d in filter(None, differences):
+        flipped: dict[int, int] = {}
+        for total, n in ways.items():
+            for signed in (total + d, total - d):
+                flipped[signed] = flipped.get(signed, 0) + n
+        ways = flipped
+    far = abs(sum(differences))
+    return sum(n for total, n in ways.items() if abs(total) >= far) / sum(ways.values())
 
 
 def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, float, float]:
@@ -99,6 +115,31 @@ def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, fl
     phi = excess / math.sqrt(product) if product else 0.0
     half = lambda x, y: math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
     return delta, delta - half(p - l1, u2 - q), delta + half(u1 - p, q - l2)
+
+
+def rate_interval(outcomes: Outcomes) -> tuple[float, float]:
+    """Wilson's interval of all trials together, with as many fewer of them as they are worth less than trials that all
+    had placements of their own: by the variance of the tasks' success rates, estimated either way."""
+    done, n, by_trial, by_place = 0, 0, 0.0, 0.0
+    for task, trials in outcomes.items():
+        here, m = placements(outcomes, task), len(trials)
+        p = sum(here) / (m * len(here))
+        by_trial += m * len(here) * p * (1 - p)
+        by_place += m * m * len(here) * float(np.var(np.array(here) / m))
+        done, n = done + sum(here), n + m * len(here)
+    worth = min(1.0, by_trial / by_place) if by_place else 1.0
+    return wilson(done * worth, n * worth)
+
+
+def difference_interval(first: Outcomes, second: Outcomes) -> tuple[float, float, float, float]:
+    """Difference of two success rates whose trials go in pairs, its interval, and p."""
+    tasks = [task for task in TASKS if task in first and task in second]
+    d = [a - b for task in tasks for a, b in zip(placements(first, task), placements(second, task), strict=True)]
+    m = len(first[tasks[0]])
+    if m == 1:
+        return *newcombe(*pairs(first, second)), sign_flips(d)
+    mean, half = float(np.mean(d)) / m, 1.96 * float(np.std(d, ddof=1)) / m / math.sqrt(len(d))
+    return mean, mean - half, mean + half, sign_flips(d)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -166,13 +207,13 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
     found: dict[Key, Outcomes] = {}
     for record in records.values():
         for c in record.get("cells", []):
-            found.setdefault((c["method"], c["demonstrations"], c["seed"]), {})[c["task"]] = c["outcomes"]
+            found.setdefault((c["method"], c["demonstrations"], c["seed"]), {})[c["task"]] = (c["outcomes"],)
     return found
 
 
 def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[int, str], dict[Key, Outcomes]]:
     """For each number of demonstrations the seeds of fine-tuning (1, of all stages, is none) of which both of the
-    headline's methods have policies, where there are several, else ""; and their trials one after another, as cells of
+    headline's methods have policies, where there are several, else ""; and their policies together, as cells of
     seed POOLED, with those of each other method that has all of these."""
     several, pooled, headline = {}, {}, COMPARED[0]
     for n in numbers:
@@ -182,7 +223,7 @@ def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[i
             tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in headline for s in seeds)]
             for m in NAMES:
                 if all(t in cells.get((m, n, s), {}) for s in seeds for t in tasks):
-                    pooled[m, n, POOLED] = {t: "".join(cells[m, n, s][t] for s in sorted(seeds)) for t in tasks}
+                    pooled[m, n, POOLED] = {t: tuple(cells[m, n, s][t][0] for s in sorted(seeds)) for t in tasks}
     return several, pooled
 
 
@@ -204,10 +245,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> 
 
 def rate(outcomes: Outcomes, paper: float | None = None) -> list[str]:
     """Mean success and its interval, in percent, and how many trials that is; "(paper's)" behind the mean."""
-    trials = "".join(outcomes.values())
+    trials = "".join(text for texts in outcomes.values() for text in texts)
     if not trials:
         return [MISSING, ""]
-    low, high = wilson(trials.count("1"), len(trials))
+    low, high = rate_interval(outcomes)
     few = "" if len(outcomes) == len(TASKS) else f", {len(outcomes)} of {len(TASKS)} tasks"
     mean = f"**{trials.count('1') / len(trials):.0%}**".replace("%", " %")
     return [mean + (f" ({paper:.0f})" if paper is not None else ""),
@@ -219,7 +260,8 @@ def row(cells: dict[Key, Outcomes], key: Key, paper: Sequence[float] = ()) -> li
     outcomes = cells.get(key, {})
     texts = []
     for i, task in enumerate(TASKS):
-        text = f"{outcomes[task].count('1')}/{len(outcomes[task])}" if task in outcomes else MISSING
+        trials = "".join(outcomes.get(task, ()))
+        text = f"{trials.count('1')}/{len(trials)}" if trials else MISSING
         texts.append(text + (f" ({paper[i]})" if paper else ""))
     return texts + rate(outcomes, sum(paper) / len(TASKS) if paper else None)
 
@@ -229,8 +271,8 @@ def difference(cells: dict[Key, Outcomes], first: Key, second: Key) -> list[str]
     a, b, c, d = pairs(cells.get(first, {}), cells.get(second, {}))
     if not a + b + c + d:
         return [MISSING] * 5
-    delta, low, high = (f"{100 * x:+.0f}" for x in newcombe(a, b, c, d))
-    p = mcnemar(b, c)
+    *points, p = difference_interval(cells[first], cells[second])
+    delta, low, high = (f"{100 * x:+.0f}" for x in points)
     return [delta, f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001", f"{a}, {b}, {c}, {d}",
             str(a + b + c + d)]  # fmt: skip
 
@@ -278,7 +320,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "learned": table(["seed 0, held-out play", *LEARNED], learned(records), 1),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
-        "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p (McNemar)",
+        "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
                          "both, first, second, neither", "trials"], paired, 1),
         "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
@@ -380,9 +422,10 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
             points = []
             for place, n in enumerate(numbers):
                 outcomes = cells.get(widest(cells, method, n), {})
-                text = "".join(outcomes.values()) if i == 0 else outcomes.get(task, "")
+                shown = outcomes if i == 0 else {t: trials for t, trials in outcomes.items() if t == task}
+                text = "".join(text for texts in shown.values() for text in texts)
                 if text and (i or len(outcomes) == len(TASKS)):
-                    points.append((place + aside, text.count("1") / len(text), *wilson(text.count("1"), len(text))))
+                    points.append((place + aside, text.count("1") / len(text), *rate_interval(shown)))
             if points:
                 x, y, low, high = zip(*points, strict=True)
                 bars = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
