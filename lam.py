@@ -41,12 +41,13 @@ Where we depart from the paper, or fill in what it does not say:
     entries of the global batch. With lambda_g = 1 the grippers' gradient on the encoder was six times the motion's,
     and the motion took twice as many steps. Samples without actions add L_frame alone. The ablations of Table 5 change
     the flow of data and leave the parameters as they are (to 2 %). Without UAD both streams stay, but no action is
-    decoded and no action error comes back: the motion tokens only help to draw the frame. Without DLA one undivided set
-    of Ns + Nm tokens is what both streams read.
+    decoded and no action error comes back: the motion tokens could only help to draw the frame, and at --small they do
+    not (results/REPORT.md). Without DLA all Ns + Nm tokens are what both streams read; the template still introduces
+    them in two halves.
  6. 10 Hz, 448 px for encoder and decoder, and the number of steps are ours; the paper gives days of 16 A100s.
  7. At --tiny and --small nothing is pretrained: the vision encoder is trained too (a frozen random one sees nothing),
-    and an invertible pixel-unshuffle stands in for the DC-AE autoencoder. --small sees 8 frames at 5 Hz, the 1.5 s of
-    16 frames at 10 Hz.
+    and an invertible pixel-unshuffle stands in for the DC-AE autoencoder. --small sees 8 frames at 5 Hz, 1.4 s,
+    instead of 16 at 10 Hz, 1.5 s.
  8. Weight decay 0.01 and gradient clipping at 1 are ours. At --small Muon trains the matrices of the layers, which from
     random weights takes half the steps (results/LOG.md), and a window's pictures are shifted and lit a little
     differently each time it is drawn; everywhere else AdamW trains all, as in Sec. 6.3, on the pictures as they are.
