@@ -618,12 +618,13 @@ def curve(folder: Path, points: int = 30) -> dict[str, Any]:
 
 
 def hardware(cores: list[int]) -> str:
-    """What a unit runs on, in words."""
+    """What a unit runs on, in words; on a CPU, whether it multiplies in bfloat16."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s*: (.*)", info)
-    return f"{len(cores)} core{'s' * (len(cores) > 1)} of {name[1] if name else 'a CPU'}"
+    fast = ", bfloat16" * common.cpu_has_bf16()
+    return f"{len(cores)} core{'s' * (len(cores) > 1)} of {name[1] if name else 'a CPU'}{fast}"
 
 
 def work(queue: Queue, jobs: int, wait: float = 2.0) -> set[str]:
