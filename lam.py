@@ -409,11 +409,12 @@ class LAM(nn.Module):
         self.encoder, self.decoder, self.dla = encoder, decoder, dla
 
     def encode(self, video: Tensor, instructions: list[str]) -> tuple[Tensor, Tensor]:
-        """(Z_sce, Z_mot) as the decoder takes them. Without DLA both are the same, undivided set."""
-        z_sce, z_mot = self.encoder(video, instructions)
-        if not self.dla:
-            z_sce = z_mot = torch.cat([z_sce, z_mot], 1)
-        return z_sce, z_mot
+        """(Z_sce, Z_mot) as the decoder takes them."""
+        return self.sets(*self.encoder(video, instructions))
+
+    def sets(self, z_sce: Tensor, z_mot: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of the encoder, or foreseen ones, as the decoder takes them: without DLA both streams read all."""
+        return (z_sce, z_mot) if self.dla else (torch.cat([z_sce, z_mot], 1),) * 2
 
     def decode(
         self, noisy: Tensor, current: Tensor, s: Tensor, z: tuple[Tensor, Tensor], exchange: Tensor | None = None

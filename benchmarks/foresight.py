@@ -113,6 +113,9 @@ def correlation(a: Tensor, b: Tensor) -> float:
 def of_student(args: Args, process: Process) -> list[dict[str, Any]]:
     student, of, _ = distill.load_student(args.student)
     teacher, teacher_args, _ = lam.load_lam(args.lam or of.lam)
+    if not teacher_args.uad:
+        raise InputError(f"{args.lam or of.lam} decodes no actions (--no-uad), and from these it is read where the "
+                         f"hand goes: give --student one whose teacher does")
     codec = lam.load_codec(teacher_args.decoder, teacher.decoder.config.in_channels, process)
     student, teacher, scene = student.to(process.device), teacher.to(process.device), teacher_args.scene_tokens
     learned = args.data in mixture.expand(of.data, of.weights)[0]
@@ -122,8 +125,8 @@ def of_student(args: Args, process: Process) -> list[dict[str, Any]]:
     for batch in batches(windows, args, process):
         with torch.autocast(process.device.type, process.dtype, enabled=process.dtype != torch.float32):
             told, current = distill.foresee(student.eval(), teacher.eval(), batch), codec.encode(batch["video"][:, 0])
-            read = [lam.decode_actions(teacher, current, (z[:, :scene], z[:, scene:]), batch["index"], args.seed)
-                    for z in (told["hat"], told["z"])]  # fmt: skip
+            read = [lam.decode_actions(teacher, current, teacher.sets(z[:, :scene], z[:, scene:]), batch["index"],
+                                       args.seed) for z in (told["hat"], told["z"])]  # fmt: skip
         inside, tasks = batch["action_mask"][..., HAND], tasks + batch["instruction"]
         goes = [(metres(windows, a) * inside).sum(1) for a in (batch["action"], *read)]
         found.append([told["hat"], told["z"], *goes])

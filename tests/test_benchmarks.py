@@ -2,6 +2,7 @@
 localise.py: distances are of what was asked for; foresight.py: nothing but what was not seen is asked about."""
 
 import json
+import math
 from dataclasses import replace
 
 import helpers_policy as h
@@ -232,6 +233,20 @@ def test_what_a_student_foresees(foreseeing, monkeypatch, capsys):
     foresight.main()
     assert sorted(int(k) for batch in drawn for k in batch["index"]) == [34, 42, 51, 59]
     assert "all" in capsys.readouterr().out
+
+
+def test_what_students_of_the_ablations_foresee(foreseeing):
+    """Without DLA both streams read all tokens; without UAD nobody says where the hand goes."""
+    asked = foresight.Args(student=str(foreseeing / "student"), data=str(foreseeing / "data"), episodes=1)
+    for parts in ({"dla": False}, {"uad": False}):
+        name = foreseeing / f"without_{min(parts)}"
+        h.save_lam(name, replace(h.LAM_ARGS, **parts))
+        asked.lam = str(name)
+        if "dla" in parts:
+            rows = foresight.of_student(asked, h.process())
+            assert rows[0]["windows"] == 17 and all(math.isfinite(row["r"]) for row in rows)
+    with pytest.raises(InputError, match="without_uad decodes no actions"):
+        foresight.of_student(asked, h.process())
 
 
 def test_what_a_policy_would_do(foreseeing, monkeypatch):
