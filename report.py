@@ -54,7 +54,7 @@ NAMES = {
 COMPARED = (  # the first is hoped to be above the second; "shuffled" differs from LatBot in the latent actions alone
     ("latbot", "none"), ("latbot", "univla-style"), ("latbot", "uad"), ("latbot", "dla"), ("uad", "univla-style"),
     ("dla", "univla-style"), ("latbot", "shuffled"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
-    ("none", "scratch"),
+    ("none", "scratch"), ("univla-style", "none"), ("uad", "none"), ("dla", "none"),
 )  # fmt: skip
 LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "frame: PSNR, dB (of copying)": {"val_psnr": "{:.1f}", "val_psnr_copy": "({:.1f})"},
