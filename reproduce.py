@@ -160,8 +160,8 @@ PRESETS = {
     "small": Preset({10: 10, 50: 50, 100: 100}, 20, {
         "record": "--disturb 2.5", "pretrain": "--steps 5000", "lam": "--steps 2400 --frames 5 --hz 2.5 --no-augment",
         "distill": "--steps 3600 --stills 3 --vision-lr 0 --starts 0.5",
-        "clone": "--steps 8800 --stills 1 --val-every 10 --student-lr 1 --no-remember --prefix-dropout 0 --vision-lr 0 "
-                 "--starts 0.5"},
+        "clone": "--steps 12000 --stills 1 --val-every 10 --student-lr 1 --no-remember --prefix-dropout 0 "
+                 "--vision-lr 0 --starts 0.5"},
         scratch="--student-lr 1 --no-remember --prefix-dropout 0 --steps 1500", steps={50: 6000, 100: 6000}),
     "tiny": Preset({10: 1, 50: 2, 100: 3}, 2, {
         "pretrain": "--steps 4 --save-every 2", "lam": _SHORT, "distill": _ASKED, "clone": _ASKED, "finetune": _SHORT,
