@@ -400,7 +400,8 @@ def build(args: Args, checkpoint: Path | None = None) -> VLA:
     trained = _run(args.expert) if args.expert not in EXPERT_SIZES else None
     policy = found if (found := _run(args.init)) and common.load_meta(found)["stage"] == "finetune" else None
     if args.new_expert and not policy:
-        raise InputError(f"--new-expert takes the student of a policy, and --init {args.init} is none: leave it out")
+        raise InputError(f"--new-expert takes the student of a policy, and --init {args.init} is none: give a run of "
+                         f"finetune.py, or leave --new-expert out")
     if policy and not args.new_expert:
         then = common.load_args(Args, common.load_meta(policy, "args"))
         if trained:

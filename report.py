@@ -119,15 +119,16 @@ def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, fl
 
 def rate_interval(outcomes: Outcomes) -> tuple[float, float]:
     """Wilson's interval of all trials together, with as many fewer of them as they are worth less than trials that all
-    had placements of their own: by the variance of the tasks' success rates, estimated either way."""
-    done, n, by_trial, by_place = 0, 0, 0.0, 0.0
+    had placements of their own: by the variance of the tasks' success rates, estimated either way. Where all ended
+    alike there is no variance to go by, and a placement counts once."""
+    done, n, m, by_trial, by_place = 0, 0, 1, 0.0, 0.0
     for task, trials in outcomes.items():
         here, m = placements(outcomes, task), len(trials)
         p = sum(here) / (m * len(here))
         by_trial += m * len(here) * p * (1 - p)
         by_place += m * m * len(here) * float(np.var(np.array(here) / m))
         done, n = done + sum(here), n + m * len(here)
-    worth = min(1.0, by_trial / by_place) if by_place else 1.0
+    worth = 1 / m if not by_trial else min(1.0, by_trial / by_place) if by_place else 1.0
     return wilson(done * worth, n * worth)
 
 

@@ -235,8 +235,10 @@ def test_what_a_student_foresees(foreseeing, monkeypatch, capsys):
     assert "all" in capsys.readouterr().out
 
 
-def test_what_students_of_the_ablations_foresee(foreseeing):
-    """Without DLA both streams read all tokens; without UAD nobody says where the hand goes."""
+def test_what_students_of_the_ablations_foresee(foreseeing, monkeypatch):
+    """Without DLA both streams read all tokens, as the teacher's own; without UAD nobody says where the hand goes."""
+    drawn, read, decode = asked_about(monkeypatch), [], lam.decode_actions
+    monkeypatch.setattr(lam, "decode_actions", lambda *of: read.append(of) or decode(*of))
     asked = foresight.Args(student=str(foreseeing / "student"), data=str(foreseeing / "data"), episodes=1)
     for parts in ({"dla": False}, {"uad": False}):
         name = foreseeing / f"without_{min(parts)}"
@@ -245,6 +247,10 @@ def test_what_students_of_the_ablations_foresee(foreseeing):
         if "dla" in parts:
             rows = foresight.of_student(asked, h.process())
             assert rows[0]["windows"] == 17 and all(math.isfinite(row["r"]) for row in rows)
+            (model, _, z, *_), batch = read[-1], drawn[-1]
+            own = model.encode(batch["video"], batch["instruction"])
+            assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in zip(z, own, strict=True))
+            assert torch.equal(*z) and z[0].shape[1] == h.LAM_ARGS.scene_tokens + h.LAM_ARGS.motion_tokens
     with pytest.raises(InputError, match="without_uad decodes no actions"):
         foresight.of_student(asked, h.process())
 

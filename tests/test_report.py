@@ -66,11 +66,11 @@ def test_paired_statistics():
 def test_a_placement_met_again_is_no_new_one():
     """Three policies that do alike everywhere tell no more than one; where they do not, each trial counts."""
     once = {TASKS[0]: ("1100000000",), TASKS[1]: ("1111100000",)}
-    alike, apart = ({t: tuple(texts) for t, texts in zip(TASKS, both, strict=False)} for both in (
-        (["1100000000"] * 3, ["1111100000"] * 3), (["1100000000", "0011000000", "0000110000"], ["1010101010"] * 3)))
+    alike = {task: trials * 3 for task, trials in once.items()}
     assert report.rate_interval(once) == common.wilson(7, 20)
     assert report.rate_interval(alike) == pytest.approx(common.wilson(7, 20))
-    assert report.rate_interval({TASKS[0]: apart[TASKS[0]]}) == common.wilson(6, 30)
+    assert report.rate_interval({TASKS[0]: ("1100000000", "0011000000", "0000110000")}) == common.wilson(6, 30)
+    assert report.rate_interval({TASKS[0]: ("1" * 10,) * 3}) == pytest.approx(common.wilson(10, 10))
     none = {t: ("0000000000",) * 3 for t in TASKS[:2]}
     delta, low, high, p = report.difference_interval(alike, none)
     assert delta == pytest.approx(0.35) and p == pytest.approx(2 / 2**7)
