@@ -4,22 +4,22 @@
     python report.py --small --films trials_latbot_10     # and results/small/*.gif, where these were just made
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
-that have such lines (NAME: summary, table4, table5, learned, controls, paired, hours, units), and two figures. What has
-not been measured yet is shown as missing. Results of different configurations are refused: files whose stages had
-different arguments beside those in which units are meant to differ, or that were made from another unit than the one
-that is there.
+that have such lines (NAME: summary, table4, table5, learned, controls, paired, by_task, hours, units), and two figures.
+What has not been measured yet is shown as missing. Results of different configurations are refused: files whose stages
+had different arguments beside those in which units are meant to differ, or that were made from another unit than the
+one that is there.
 
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
 binomial test on the trials that only one of them did), and Newcombe's score interval of the difference of paired
-proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. Where LatBot and
-its baseline have policies fine-tuned from several seeds, their trials are taken together, in Table 4's shape and its
-figure too, each pair within its seed, and those of another method that has all these seeds. They meet the same
-placements, where they do alike more often than elsewhere, so that a placement counts once, as the mean of its trials:
-Wilson's interval is of as many fewer trials as that makes them worth, the test flips the signs of the placements'
-differences, in all ways (of single policies that is McNemar's), and the difference's interval is 1.96 standard errors
-of their mean to each side. All this says how far other *placements* would move a number; what another fine-tuning
-would do is shown by the rows of single seeds, and another student by those of seed 1.
+proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does not fail at 0 % or 100 %. All policies of
+a method are taken together, in Table 4's and Table 5's shapes and the figure too, however many they are, and where they
+are of several students, those of each student as well. They meet the same placements, where they do alike more often
+than elsewhere, so that a placement counts once, as the mean of its trials: Wilson's interval is of as many fewer trials
+as that makes them worth, the test flips the signs of the placements' differences, in all ways (of single policies that
+is McNemar's; it is exact where either method has as many policies, and nearly so elsewhere), and the difference's
+interval is 1.96 standard errors of their mean to each side. All this says how far other *placements* would move a
+number; what another fine-tuning or another student would do is shown by their rows.
 """
 
 import math
@@ -66,9 +66,9 @@ LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "cosine with Z (another's)": {"val_cosine": "{:.2f}", "val_cosine_shuffled": "({:.2f})"},
     "phases: perplexity": {"val_perplexity": "{:.2f}"},
 }
-MISSING, POOLED = "–", -1  # what has not been measured; the seed of cells that stand for several
+MISSING = "–"  # what has not been measured
 
-Key = tuple[str, int, int]  # method, demonstrations of each task, seed
+Key = tuple[str, int, tuple[int, ...]]  # method, demonstrations of each task, seeds: of one policy, or of several
 Outcomes = dict[str, tuple[str, ...]]  # task -> for each policy a 1 or a 0 of each placement
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def sign_flips(differences: Sequence[int]) -> float:
     return sum(n for total, n in ways.items() if abs(total) >= far) / sum(ways.values())
 
 
-def newcombe(a: int, b: int, c: int, d: int, z: float = 1.96) -> tuple[float, float, float]:
+def newcombe(a: float, b: float, c: float, d: float, z: float = 1.96) -> tuple[float, float, float]:
     """Difference of two paired proportions (a + b) / n - (a + c) / n and its interval (Newcombe 1998, method 10)."""
     n = a + b + c + d
     if n == 0:
@@ -133,14 +133,21 @@ def rate_interval(outcomes: Outcomes) -> tuple[float, float]:
 
 
 def difference_interval(first: Outcomes, second: Outcomes) -> tuple[float, float, float, float]:
-    """Difference of two success rates whose trials go in pairs, its interval, and p."""
+    """Difference of two success rates on the same placements, its interval, and p. Where all placements differ alike
+    there is no variance to go by: Newcombe's interval then, a placement counting once."""
     tasks = [task for task in TASKS if task in first and task in second]
-    d = [a - b for task in tasks for a, b in zip(placements(first, task), placements(second, task), strict=True)]
-    m = len(first[tasks[0]])
-    if m == 1:
-        return *newcombe(*pairs(first, second)), sign_flips(d)
-    mean, half = float(np.mean(d)) / m, 1.96 * float(np.std(d, ddof=1)) / m / math.sqrt(len(d))
-    return mean, mean - half, mean + half, sign_flips(d)
+    m, n = len(first[tasks[0]]), len(second[tasks[0]])
+    if m == n == 1:
+        ones = pairs(first, second)
+        return *newcombe(*ones), sign_flips([1] * ones[1] + [-1] * ones[2])
+    done = [(a, b) for t in tasks for a, b in zip(placements(first, t), placements(second, t), strict=True)]
+    d = [n * a - m * b for a, b in done]  # in whole numbers, as sign_flips needs them
+    mean, half = float(np.mean(d)) / (m * n), 1.96 * float(np.std(d, ddof=1)) / (m * n) / math.sqrt(len(d))
+    low, high = mean - half, mean + half
+    if not half:
+        p, q = (sum(x) / (k * len(d)) for x, k in zip(zip(*done, strict=True), (m, n), strict=True))
+        _, low, high = newcombe(*(len(d) * x for x in (min(p, q), max(p - q, 0), max(q - p, 0), 1 - max(p, q))))
+    return mean, low, high, sign_flips(d)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,32 +212,31 @@ def check(records: dict[str, dict]) -> None:
 
 
 def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
+    """The outcomes of each policy; of all policies of a method together, where there are several; and where these are
+    of several students, of each student's. Together only in tasks that all have met."""
     found: dict[Key, Outcomes] = {}
+    groups: dict[tuple[str, int, str], set[int]] = {}  # method, demonstrations, a student or "" for all: seeds
     for record in records.values():
         for c in record.get("cells", []):
-            found.setdefault((c["method"], c["demonstrations"], c["seed"]), {})[c["task"]] = (c["outcomes"],)
+            method, n, seed = c["method"], c["demonstrations"], c["seed"]
+            found.setdefault((method, n, (seed,)), {})[c["task"]] = (c["outcomes"],)
+            for student in ("", origin(records, record)):
+                groups.setdefault((method, n, student), set()).add(seed)
+    for (method, n, _), seeds in groups.items():
+        policies = [found[method, n, (seed,)] for seed in sorted(seeds)]
+        tasks = [task for task in TASKS if all(task in policy for policy in policies)]
+        found[method, n, tuple(sorted(seeds))] = {t: tuple(policy[t][0] for policy in policies) for t in tasks}
     return found
 
 
-def together(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[dict[int, str], dict[Key, Outcomes]]:
-    """For each number of demonstrations the seeds of fine-tuning (1, of all stages, is none) of which both of the
-    headline's methods have policies, where there are several, else ""; and their policies together, as cells of
-    seed POOLED, with those of each other method that has all of these."""
-    several, pooled, headline = {}, {}, COMPARED[0]
-    for n in numbers:
-        seeds = {s for _, k, s in cells if k == n and s != reproduce.ANEW and all((m, n, s) in cells for m in headline)}
-        several[n] = ", ".join(map(str, sorted(seeds))) if len(seeds) > 1 else ""
-        if several[n]:
-            tasks = [t for t in TASKS if all(t in cells[m, n, s] for m in headline for s in seeds)]
-            for m in NAMES:
-                if all(t in cells.get((m, n, s), {}) for s in seeds for t in tasks):
-                    pooled[m, n, POOLED] = {t: tuple(cells[m, n, s][t][0] for s in sorted(seeds)) for t in tasks}
-    return several, pooled
+def origin(records: dict[str, dict], trials: dict) -> str:
+    """What the policy of these trials was fine-tuned from."""
+    return " ".join(sorted(n for policy in trials["needs"] for n in records[policy]["needs"] if n != "demos"))
 
 
 def widest(cells: dict[Key, Outcomes], method: str, n: int) -> Key:
-    """The cell of several seeds together, where there is one, else that of seed 0."""
-    return (method, n, POOLED if (method, n, POOLED) in cells else 0)
+    """The key of all policies of a method."""
+    return max((k for k in cells if k[:2] == (method, n)), key=lambda k: len(k[2]), default=(method, n, (0,)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -267,15 +273,19 @@ def row(cells: dict[Key, Outcomes], key: Key, paper: Sequence[float] = ()) -> li
     return texts + rate(outcomes, sum(paper) / len(TASKS) if paper else None)
 
 
-def difference(cells: dict[Key, Outcomes], first: Key, second: Key) -> list[str]:
-    """Points between two policies, interval, p, and the pairs behind it; dashes where nothing can be compared."""
-    a, b, c, d = pairs(cells.get(first, {}), cells.get(second, {}))
-    if not a + b + c + d:
+def difference(cells: dict[Key, Outcomes], first: Key, second: Key, task: str = "") -> list[str]:
+    """Points between two methods, interval, p, of single policies the pairs behind it, trials of each; dashes where
+    nothing can be compared. Of one task, or of all."""
+    one, other = ({t: x for t, x in cells.get(key, {}).items() if task in ("", t)} for key in (first, second))
+    if not one.keys() & other.keys():
         return [MISSING] * 5
-    *points, p = difference_interval(cells[first], cells[second])
+    *points, p = difference_interval(one, other)
     delta, low, high = (f"{100 * x:+.0f}" for x in points)
-    return [delta, f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001", f"{a}, {b}, {c}, {d}",
-            str(a + b + c + d)]  # fmt: skip
+    single = len(first[2]) == len(second[2]) == 1
+    both = one.keys() & other.keys()
+    numbers = dict.fromkeys(str(sum(len(text) for t in both for text in side[t])) for side in (one, other))
+    return [delta, f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001",
+            ", ".join(map(str, pairs(one, other))) if single else "", ", ".join(numbers)]  # fmt: skip
 
 
 def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
@@ -285,44 +295,46 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
     few = numbers[0]
     tasks = [*TASKS, "mean", "95 % interval"]
-    four, five, controls, paired = [], [], [], []
-    several, pooled = together(cells, numbers)
-    both = cells | pooled
+    four, five, controls, paired, by_task = [], [], [], [], []
     for n in numbers:
         for method in COMPARED[0][::-1]:
-            four.append([str(n), NAMES[method], *row(both, widest(both, method, n), PAPER4.get((n, method), ()))])
+            four.append([str(n), NAMES[method], *row(cells, widest(cells, method, n), PAPER4.get((n, method), ()))])
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
-        five.append([NAMES[method], uad, dla, *row(both, widest(both, method, few)), f"{score:.1f} %"])
-    seeds = {n: sorted({0} | {k[2] for k in cells if k[1] == n}) for n in numbers}
+        five.append([NAMES[method], uad, dla, *row(cells, widest(cells, method, few)), f"{score:.1f} %"])
+    text = lambda seeds: ", ".join(map(str, seeds))
+    of = {(m, n): sorted((k for k in cells if k[:2] == (m, n)), key=lambda k: (len(k[2]), k)) or [(m, n, (0,))]
+          for n in numbers for m in NAMES}  # fmt: skip
     for n in numbers:
-        more = any(k == n and (seed or method not in COMPARED[0]) for method, k, seed in cells)  # than Table 4 has
-        for method in ("scratch", "none", "shuffled", "bc", "latbot"):
-            for seed in seeds[n]:
-                expected = n == few and (method in COMPARED[0] or not seed)
-                if expected or more and (method, n, seed) in cells:
-                    controls.append([NAMES[method], str(n), str(seed), *row(cells, (method, n, seed))])
-            if (method, n, POOLED) in pooled:
-                controls.append([NAMES[method], str(n), several[n], *row(pooled, (method, n, POOLED))])
+        if n == few or any(k[1] == n and (k[0] not in COMPARED[0] or k[2] != (0,)) for k in cells):  # Table 4 has those
+            controls += [[NAMES[key[0]], str(n), text(key[2]), *row(cells, key)]
+                         for method in NAMES for key in of[method, n] if n == few or key in cells]  # fmt: skip
     for first, second in COMPARED:
         for n in numbers:
-            headline, what = (first, second) == COMPARED[0], f"{NAMES[first]} against {NAMES[second]}"
-            for seed in seeds[n]:
-                here = [(first, n, seed), (second, n, seed)]
-                asked = n == few and headline if seed else n == few or headline
-                if asked or set(here) <= cells.keys():
-                    paired.append([what, str(n), str(seed), *difference(cells, *here)])
-            here = [(first, n, POOLED), (second, n, POOLED)]
-            if set(here) <= pooled.keys():
-                paired.append([what, str(n), several[n], *difference(pooled, *here)])
+            what = [f"{NAMES[first]} against {NAMES[second]}", str(n)]
+            for seed in sorted({0} | {k[2][0] for k in of[first, n]}):
+                here = (first, n, (seed,)), (second, n, (seed,))
+                if cells.keys() >= {*here} or not seed and (n == few or (first, second) == COMPARED[0]):
+                    paired.append([*what, str(seed), *difference(cells, *here)])
+            other = of[second, n][-1]
+            for key in of[first, n]:
+                if cells.keys() >= {key, other} and len(key[2]) + len(other[2]) > 2 and (
+                        len(key[2]) > 1 or key == of[first, n][-1]):  # fmt: skip
+                    seeds = " / ".join(dict.fromkeys((text(key[2]), text(other[2]))))
+                    paired.append([*what, seeds, *difference(cells, key, other)])
+            here = of[first, n][-1], other
+            if cells.keys() >= {*here}:
+                each = [difference(cells, *here, task) for task in TASKS]
+                by_task.append([*what, *(f"{points} ({p})" if p != MISSING else MISSING for points, _, p, *_ in each)])
     return {
-        "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(both, preset), 1),
+        "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(cells, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "learned": table(["seed 0, held-out play", *LEARNED], learned(records), 1),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
                          "both, first, second, neither", "trials"], paired, 1),
+        "by_task": table(["compared, points (p)", "demonstrations", *TASKS], by_task, 1),
         "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
     }  # fmt: skip
@@ -416,7 +428,6 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
     check(records)
     cells, made = gather(records), []
     numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
-    cells |= together(cells, numbers)[1]
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side

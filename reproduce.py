@@ -106,7 +106,6 @@ UNITS = {  # unit: its stage, and what it has of its own
     "student_bc": "clone",
 }
 
-ANEW = 1  # the seed of which all stages of LatBot are
 POLICIES = (  # experiments, method, demonstrations of each task, seed, what fine-tuning starts from; in order of work
     ("abc", "latbot", 10, 0, "{student_latbot}"),
     ("abc", "none", 10, 0, "{start_paligemma}/hf"),
@@ -120,8 +119,8 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("a", "none", 100, 0, "{start_paligemma}/hf"),
     ("a", "latbot", 50, 0, "{student_latbot}"),
     ("a", "none", 50, 0, "{start_paligemma}/hf"),
-    ("c", "latbot", 10, ANEW, "{student_latbot_s1}"),
-    ("c", "none", 10, ANEW, "{start_paligemma}/hf"),
+    ("c", "latbot", 10, 1, "{student_latbot_s1}"),  # all stages of LatBot anew
+    ("c", "none", 10, 1, "{start_paligemma}/hf"),
     ("c", "latbot", 10, 2, "{student_latbot}"),  # fine-tuning alone anew
     ("c", "none", 10, 2, "{start_paligemma}/hf"),
     ("c", "latbot", 10, 3, "{student_latbot}"),
@@ -135,6 +134,8 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "shuffled", 10, 3, "{student_shuffled}"),
     ("c", "shuffled", 50, 2, "{student_shuffled}"),
     ("c", "shuffled", 50, 3, "{student_shuffled}"),
+    ("c", "latbot", 10, 4, "{student_latbot_s1}"),
+    ("c", "latbot", 10, 5, "{student_latbot_s1}"),
     ("b", "univla-style", 10, 2, "{student_univla-style}"),
     ("b", "univla-style", 10, 3, "{student_univla-style}"),
     ("b", "uad", 10, 2, "{student_uad}"),
@@ -716,6 +717,7 @@ def estimate(queue: Queue, unit: Unit) -> float:
 def listing(queue: Queue) -> str:
     """A line for each unit, and what comes next."""
     status, lines, left, following = queue.survey(), [], 0.0, ""
+    wide = 2 + max(map(len, queue.units))
     for name, unit in queue.units.items():
         s, state, about = status[name], load(queue.work / f"{name}.json"), estimate(queue, unit)
         if not s.wanted:
@@ -728,7 +730,7 @@ def listing(queue: Queue) -> str:
             left += max(0.0, about - spent)
             if not following and not who and all(status[x].present for x in unit.needs):
                 following = f"next: {name}: python {queue.command(unit)}"
-        lines.append(f"{name:24}{what}" + (f"; {s.why}" if s.why else ""))
+        lines.append(f"{name:{wide}}{what}" + (f"; {s.why}" if s.why else ""))
     return "\n".join([*lines, f"left: about {hours(left)}, one unit after another", following])
 
 

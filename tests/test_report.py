@@ -76,14 +76,22 @@ def test_a_placement_met_again_is_no_new_one():
     assert delta == pytest.approx(0.35) and p == pytest.approx(2 / 2**7)
     half = 1.96 * np.std([1] * 7 + [0] * 13, ddof=1) / 20**0.5
     assert (low, high) == pytest.approx((delta - half, delta + half))
-    assert report.difference_interval(once, {t: none[t][:1] for t in none})[1:3] == report.newcombe(0, 7, 0, 13)[1:]
+    single = {t: none[t][:1] for t in none}
+    assert report.difference_interval(once, single)[1:3] == report.newcombe(0, 7, 0, 13)[1:]
+    # As many policies or not: a placement's mean of three against that of one.
+    assert report.difference_interval(alike, single) == pytest.approx((delta, low, high, p))
+    assert report.difference_interval(single, alike)[:3] == pytest.approx((-delta, -high, -low))
+    # Where no placement differs, or all do alike, the interval is that of a placement once, and not a point.
+    assert report.difference_interval(alike, once)[:3] == pytest.approx(report.newcombe(7, 0, 0, 13))
+    thirds, ones = {TASKS[0]: ("1" * 10, "0" * 10, "0" * 10)}, {TASKS[0]: ("1" * 10,)}
+    assert report.difference_interval(thirds, ones)[:3] == pytest.approx(report.newcombe(10 / 3, 0, 20 / 3, 0))
 
 
 def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
     assert not strange
-    assert set(made) == {"summary", "table4", "table5", "learned", "controls", "paired", "hours", "units"}
+    assert set(made) == {"summary", "table4", "table5", "learned", "controls", "paired", "by_task", "hours", "units"}
     none, latbot, *more = made["table4"].splitlines()[2:]
     assert [line.count("–") for line in more] == [6] * 4  # 50 and 100, which nobody has measured
     assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
@@ -124,34 +132,37 @@ def test_what_stages_1_and_2_learned(folder):
                     "| Z shuffled |  |  |  |  |  | 1.20 |  |  |"]  # fmt: skip
 
 
-def test_seeds_are_taken_together(folder):
-    """Pairs stay within their seed, and a seed that only one method has does not count."""
-    write(folder, "policy_latbot_10_s2", "finetune", ["lam_latbot"], ["episodes"], episodes=50)
-    write(folder, "policy_none_10_s2", "finetune", own=["episodes"], episodes=50)
-    write(folder, "trials_latbot_10_s2", "evaluate", ["policy_latbot_10_s2"], cells=cells("latbot", 10, "0" * 10, 2))
-    write(folder, "trials_none_10_s2", "evaluate", ["policy_none_10_s2"], cells=cells("none", 10, "1000000000", 2))
-    write(folder, "trials_latbot_10_s3", "evaluate", ["policy_latbot_10"], cells=cells("latbot", 10, "1" * 10, 3))
-    for method in ("latbot", "none"):  # of seed 1 the students are others, too
-        won = cells(method, 10, "1" * 10, 1)
-        write(folder, f"trials_{method}_10_s1", "evaluate", [f"policy_{method}_10"], cells=won)
+def test_all_policies_of_a_method_are_taken_together(folder):
+    """However many there are; those of another student also by themselves, and each beside its own seed's."""
+    write(folder, "demos", "lam")
+    write(folder, "lam_latbot_s1", "lam")
+    for method, seed, source, outcomes in (
+        ("latbot", 2, "lam_latbot", "0000000000"), ("none", 2, "", "1000000000"),
+        ("latbot", 1, "lam_latbot_s1", "1111111111"), ("latbot", 4, "lam_latbot_s1", "0111111111"),
+    ):  # fmt: skip
+        name = f"{method}_10_s{seed}"
+        write(folder, f"policy_{name}", "finetune", ["demos", *filter(None, [source])], ["episodes"], episodes=50)
+        write(folder, f"trials_{name}", "evaluate", [f"policy_{name}"], cells=cells(method, 10, outcomes, seed))
     made = report.tables(report.load(folder)[0])
-    assert "| LatBot | 10 | 0, 2 | 8/20 | 8/20 | 8/20 | 8/20 | 8/20 | **40 %** |" in made["controls"]
+    shown = [line.split(" | ")[2:4] for line in made["controls"].splitlines() if line.startswith("| LatBot | 10 |")]
+    assert shown == [["0", "8/10"], ["1", "10/10"], ["2", "0/10"], ["4", "9/10"],
+                     ["0, 2", "8/20"], ["1, 4", "19/20"], ["0, 1, 2, 4", "27/40"]]  # fmt: skip
     assert "| no distillation | 10 | 0, 2 | 3/20 |" in made["controls"]
-    assert "| 10 | LatBot | 8/20 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 8/20 |" in made["table5"]
-    row = next(line for line in made["paired"].splitlines() if "LatBot against no" in line and "0, 2" in line)
-    assert "| +25 |" in row and row.endswith("| 10, 30, 5, 55 | 100 |")  # of a task: 2, 6, 0, 2 and 0, 0, 1, 9
-    assert "| Z shuffled | 10 | 0, 2 |" not in made["controls"]
-    for seed in (0, 2, 3):  # a control that has these seeds, too
-        name = f"trials_shuffled_10_s{seed}"
-        write(folder, name, "evaluate", cells=cells("shuffled", 10, "1100000000", seed))
-        row = "| Z shuffled | 10 | 0, 2 | 4/20 |"
-        made = report.tables(report.load(folder)[0])
-        assert (row in made["controls"]) == (seed >= 2), seed
-    assert "| Z shuffled | 10 | 3 | 2/10 |" in made["controls"]
-    assert "| LatBot against Z shuffled | 10 | 0, 2 | +20 |" in made["paired"]
-    assert "| LatBot against Z shuffled | 10 | 3 | +80 |" in made["paired"]
+    assert "| 10 | LatBot | 27/40 (60) |" in made["table4"] and "| LatBot | ✓ | ✓ | 27/40 |" in made["table5"]
+    shown = [line.split(" | ")[2:] for line in made["paired"].splitlines() if line.startswith("| LatBot against no")]
+    assert [(row[0], row[1], row[-1]) for row in shown] == [
+        ("0", "+60", "50 |"), ("2", "-10", "50 |"), ("0, 2", "+25", "100 |"), ("1, 4 / 0, 2", "+80", "100 |"),
+        ("0, 1, 2, 4 / 0, 2", "+52", "200, 100 |"), ("0", "–", "– |"), ("0", "–", "– |")]  # fmt: skip
+    assert made["by_task"].count("+52 (0.00") == len(TASKS)  # two placements of ten are missed by both
+    assert "| LatBot | **68 %** (" in made["summary"] and "| no distillation | **15 %** (" in made["summary"]
+    assert "| LatBot against no distillation, points | +52 (" in made["summary"]
+    for seed in (0, 3):  # a control with other seeds
+        write(folder, f"trials_shuffled_10_s{seed}", "evaluate", cells=cells("shuffled", 10, "1100000000", seed))
+    made = report.tables(report.load(folder)[0])
+    assert "| Z shuffled | 10 | 0, 3 | 4/20 |" in made["controls"]
+    assert "| LatBot against Z shuffled | 10 | 0 | +60 |" in made["paired"]
+    assert "| LatBot against Z shuffled | 10 | 0, 1, 2, 4 / 0, 3 | +48 |" in made["paired"]
     assert "| Z shuffled | **20 %** (11 to 33 %, n = 100) | – |  |" in made["summary"]  # 100 is not asked of it
-    assert "| LatBot against no distillation, points | +25 (+18 to +32) | – | – |" in made["summary"]
 
 
 def test_seeds_of_more_demonstrations_have_rows_too(folder):
@@ -168,8 +179,10 @@ def test_seeds_of_more_demonstrations_have_rows_too(folder):
                 "| Z shuffled | 50 | 0 | 2/10 |"):  # fmt: skip
         assert row in made["controls"]
     assert "| LatBot against Z shuffled | 50 | 0 | +10 |" in made["paired"]
+    assert "| LatBot against Z shuffled | 50 | 0, 2 / 0 | +10 |" in made["paired"]
     assert "| LatBot | 100 |" not in made["controls"] and "| LatBot | 10 | 2 |" not in made["controls"]
     assert "| LatBot against no distillation | 50 | 0, 2 | +20 |" in made["paired"]
+    assert "| LatBot against no distillation | 100 | +20 (0.500) |" in made["by_task"]
     write(folder, "trials_shuffled_100", "evaluate", cells=cells("shuffled", 100, "1100000000"))
     made = report.tables(report.load(folder)[0])  # a control brings what it is compared with
     assert "| Z shuffled | 100 | 0 | 2/10 |" in made["controls"] and "| LatBot | 100 | 0 | 3/10 |" in made["controls"]
