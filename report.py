@@ -330,7 +330,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(cells, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
-        "learned": table(["seed 0, held-out play", *LEARNED], learned(records), 1),
+        "learned": table(["held-out play", *LEARNED], learned(records), 1),
         "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
                          "both, first, second, neither", "trials"], paired, 1),
@@ -361,16 +361,18 @@ def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
 
 
 def learned(records: dict[str, dict]) -> list[list[str]]:
-    """What the latent action model and the student of each method of Table 5 do on held-out play, and the control's."""
+    """What the latent action model and the student of each method of Table 5 do on held-out play, LatBot's made anew
+    and the control's beside them."""
     rows = []
-    for method in (*PAPER5, "shuffled"):
-        last = {}
-        for name in (f"lam_{method}", f"student_{method}"):  # their metrics have different names
+    for unit in (*PAPER5, "latbot_s1", "shuffled"):
+        last, (method, _, seed) = {}, unit.partition("_s")
+        for name in (f"lam_{unit}", f"student_{unit}"):  # their metrics have different names
             last |= {key: values[-1] for key, values in records.get(name, {}).get("curve", {}).items()}
         if "val_mse" in last:
             last["of_mean"] = last["val_mse"] / last["val_mse_mean"]
-        rows.append([NAMES[method], *(" ".join(form.format(last[k]) for k, form in metrics.items() if k in last)
-                                      for metrics in LEARNED.values())])  # fmt: skip
+        texts = (" ".join(form.format(last[k]) for k, form in metrics.items() if k in last)
+                 for metrics in LEARNED.values())  # fmt: skip
+        rows.append([f"{NAMES[method]}, seed {seed}" if seed else NAMES[method], *texts])
     return rows
 
 

@@ -123,12 +123,14 @@ def test_what_stages_1_and_2_learned(folder):
     """The last values of a method's model and student, each where it belongs; the control has no model of its own."""
     curves = {"lam_dla": {"val_psnr": [20.2, 24.47], "val_psnr_copy": [20.2, 20.2], "val_frame_zero_sce": [1.0, 3.478]},
               "lam_latbot": {"val_r2": [-2.0, 0.41], "val_gripper_accuracy": [0.2, 0.906]},
+              "lam_latbot_s1": {"val_r2": [-2.0, 0.34]},
               "student_latbot": {"val_mse": [2.0, 0.2], "val_mse_mean": [0.5, 0.5], "val_cosine": [0.1, 0.897]},
               "student_shuffled": {"val_mse": [2.0, 0.6], "val_mse_mean": [0.5, 0.5]}}  # fmt: skip
     made = report.tables({n: {"stage": "lam", "args": {}, "own": [], "needs": {}, "seconds": 1.0, "curve": curve}
                           for n, curve in curves.items()})["learned"].splitlines()[2:]  # fmt: skip
     assert made == ["| UniVLA-style |  |  |  |  |  |  |  |  |", "| + DLA | 24.5 (20.2) | x 3.5; |  |  |  |  |  |  |",
                     "| + UAD |  |  |  |  |  |  |  |  |", "| LatBot |  |  | 0.41 |  | 0.91 | 0.40 | 0.90 |  |",
+                    "| LatBot, seed 1 |  |  | 0.34 |  |  |  |  |  |",
                     "| Z shuffled |  |  |  |  |  | 1.20 |  |  |"]  # fmt: skip
 
 
