@@ -16,10 +16,13 @@ proportions (Statistics in Medicine 17, 1998, p. 2635, method 10), which does no
 a method are taken together, in Table 4's and Table 5's shapes and the figure too, however many they are, and where they
 are of several students, those of each student as well. They meet the same placements, where they do alike more often
 than elsewhere, so that a placement counts once, as the mean of its trials: Wilson's interval is of as many fewer trials
-as that makes them worth, the test flips the signs of the placements' differences, in all ways (of single policies that
-is McNemar's; it is exact where either method has as many policies, and nearly so elsewhere), and the difference's
-interval is 1.96 standard errors of their mean to each side. All this says how far other *placements* would move a
-number; what another fine-tuning or another student would do is shown by their rows.
+as that makes them worth (by the variance between placements), the test flips the signs of the placements' differences,
+in all ways (of single policies that is McNemar's; it is exact where both methods have equally many policies, and nearly
+so elsewhere), and the difference's interval is 1.96 standard errors of their mean to each side; where it and p
+disagree, p decides. All this takes policies as they are, and says how far other *placements* would move a number. How
+far other *policies* of the same students would, "by policies" says: Welch's t test of the policies' success rates,
+where both methods have several; with three of each it is blunt. What another student would do only the rows of LatBot's
+show.
 """
 
 import math
@@ -32,6 +35,7 @@ from typing import Any, Literal
 import imageio.v3 as iio
 import numpy as np
 from PIL import Image
+from scipy import stats
 
 import common
 import reproduce
@@ -53,8 +57,8 @@ NAMES = {
 }  # fmt: skip
 COMPARED = (  # the first is hoped to be above the second; "shuffled" differs from LatBot in the latent actions alone
     ("latbot", "none"), ("latbot", "univla-style"), ("latbot", "uad"), ("latbot", "dla"), ("uad", "univla-style"),
-    ("dla", "univla-style"), ("latbot", "shuffled"), ("latbot", "bc"), ("bc", "none"), ("shuffled", "none"),
-    ("none", "scratch"), ("univla-style", "none"), ("uad", "none"), ("dla", "none"),
+    ("dla", "univla-style"), ("latbot", "shuffled"), ("uad", "shuffled"), ("latbot", "bc"), ("bc", "none"),
+    ("shuffled", "none"), ("none", "scratch"), ("univla-style", "none"), ("uad", "none"), ("dla", "none"),
 )  # fmt: skip
 LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "frame: PSNR, dB (of copying)": {"val_psnr": "{:.1f}", "val_psnr_copy": "({:.1f})"},
@@ -143,11 +147,27 @@ def difference_interval(first: Outcomes, second: Outcomes) -> tuple[float, float
     done = [(a, b) for t in tasks for a, b in zip(placements(first, t), placements(second, t), strict=True)]
     d = [n * a - m * b for a, b in done]  # in whole numbers, as sign_flips needs them
     mean, half = float(np.mean(d)) / (m * n), 1.96 * float(np.std(d, ddof=1)) / (m * n) / math.sqrt(len(d))
-    low, high = mean - half, mean + half
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
     if not half:
         p, q = (sum(x) / (k * len(d)) for x, k in zip(zip(*done, strict=True), (m, n), strict=True))
         _, low, high = newcombe(*(len(d) * x for x in (min(p, q), max(p - q, 0), max(q - p, 0), 1 - max(p, q))))
     return mean, low, high, sign_flips(d)
+
+
+def by_policies(first: Outcomes, second: Outcomes) -> tuple[float, float, float] | None:
+    """Welch's interval of the same difference, and p, from each policy's success rate. None where either method has one
+    policy, or where no policy of either differs from another."""
+    tasks = [task for task in TASKS if task in first and task in second]
+    rate_of = lambda texts: np.mean([float(c) for c in "".join(texts)])
+    rates = [[rate_of(texts) for texts in zip(*(side[t] for t in tasks), strict=True)] for side in (first, second)]
+    if min(map(len, rates)) < 2 or not sum(map(np.ptp, rates)):
+        return None
+    delta = np.mean(rates[0]) - np.mean(rates[1])
+    squares = [np.var(r, ddof=1) / len(r) for r in rates]  # of the standard errors
+    freedom = sum(squares) ** 2 / sum(x**2 / (len(r) - 1) for x, r in zip(squares, rates, strict=True))
+    error, t = math.sqrt(sum(squares)), stats.t(freedom)
+    half = t.ppf(0.975) * error
+    return float(delta - half), float(delta + half), float(2 * t.sf(abs(delta) / error))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,9 +254,10 @@ def origin(records: dict[str, dict], trials: dict) -> str:
     return " ".join(sorted(n for policy in trials["needs"] for n in records[policy]["needs"] if n != "demos"))
 
 
-def widest(cells: dict[Key, Outcomes], method: str, n: int) -> Key:
-    """The key of all policies of a method."""
-    return max((k for k in cells if k[:2] == (method, n)), key=lambda k: len(k[2]), default=(method, n, (0,)))
+def policies_of(cells: dict[Key, Outcomes], method: str, n: int) -> list[Key]:
+    """The keys of a method's single policies, then of those of each student, then of all; of one that is not there, if
+    it has none."""
+    return sorted((k for k in cells if k[:2] == (method, n)), key=lambda k: (len(k[2]), k)) or [(method, n, (0,))]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -273,18 +294,28 @@ def row(cells: dict[Key, Outcomes], key: Key, paper: Sequence[float] = ()) -> li
     return texts + rate(outcomes, sum(paper) / len(TASKS) if paper else None)
 
 
+def points(x: float) -> str:
+    """A difference of success rates in points, with its sign; with a decimal where it would be none without."""
+    return f"{100 * x:+.0f}" if abs(x) >= 0.01 else f"{100 * x:+.1f}" if abs(x) >= 0.0005 else "0"
+
+
+def likely(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def difference(cells: dict[Key, Outcomes], first: Key, second: Key, task: str = "") -> list[str]:
-    """Points between two methods, interval, p, of single policies the pairs behind it, trials of each; dashes where
-    nothing can be compared. Of one task, or of all."""
+    """Points between two methods, interval and p by placements, both by policies where there are several, of single
+    policies the pairs, trials of each. Dashes where nothing can be compared. Of one task, or of all."""
     one, other = ({t: x for t, x in cells.get(key, {}).items() if task in ("", t)} for key in (first, second))
-    if not one.keys() & other.keys():
-        return [MISSING] * 5
-    *points, p = difference_interval(one, other)
-    delta, low, high = (f"{100 * x:+.0f}" for x in points)
-    single = len(first[2]) == len(second[2]) == 1
     both = one.keys() & other.keys()
+    if not both:
+        return [MISSING] * 7
+    delta, low, high, p = difference_interval(one, other)
+    welch = by_policies(one, other)
+    single = len(first[2]) == len(second[2]) == 1
     numbers = dict.fromkeys(str(sum(len(text) for t in both for text in side[t])) for side in (one, other))
-    return [delta, f"{low} to {high}", f"{p:.3f}" if p >= 0.001 else "< 0.001",
+    return [points(delta), f"{points(low)} to {points(high)}", likely(p),
+            *((f"{points(welch[0])} to {points(welch[1])}", likely(welch[2])) if welch else ("", "")),
             ", ".join(map(str, pairs(one, other))) if single else "", ", ".join(numbers)]  # fmt: skip
 
 
@@ -295,49 +326,66 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
     numbers = sorted(reproduce.PRESETS[preset].demonstrations.values())
     few = numbers[0]
     tasks = [*TASKS, "mean", "95 % interval"]
-    four, five, controls, paired, by_task = [], [], [], [], []
+    four, five = [], []
     for n in numbers:
         for method in COMPARED[0][::-1]:
-            four.append([str(n), NAMES[method], *row(cells, widest(cells, method, n), PAPER4.get((n, method), ()))])
+            key = policies_of(cells, method, n)[-1]
+            four.append([str(n), NAMES[method], *row(cells, key, PAPER4.get((n, method), ()))])
     for method, score in PAPER5.items():
         uad, dla = ("✓" if method in (part, "latbot") else "" for part in ("uad", "dla"))
-        five.append([NAMES[method], uad, dla, *row(cells, widest(cells, method, few)), f"{score:.1f} %"])
-    text = lambda seeds: ", ".join(map(str, seeds))
-    of = {(m, n): sorted((k for k in cells if k[:2] == (m, n)), key=lambda k: (len(k[2]), k)) or [(m, n, (0,))]
-          for n in numbers for m in NAMES}  # fmt: skip
-    for n in numbers:
-        if n == few or any(k[1] == n and (k[0] not in COMPARED[0] or k[2] != (0,)) for k in cells):  # Table 4 has those
-            controls += [[NAMES[key[0]], str(n), text(key[2]), *row(cells, key)]
-                         for method in NAMES for key in of[method, n] if n == few or key in cells]  # fmt: skip
-    for first, second in COMPARED:
-        for n in numbers:
-            what = [f"{NAMES[first]} against {NAMES[second]}", str(n)]
-            for seed in sorted({0} | {k[2][0] for k in of[first, n]}):
-                here = (first, n, (seed,)), (second, n, (seed,))
-                if cells.keys() >= {*here} or not seed and (n == few or (first, second) == COMPARED[0]):
-                    paired.append([*what, str(seed), *difference(cells, *here)])
-            other = of[second, n][-1]
-            for key in of[first, n]:
-                if cells.keys() >= {key, other} and len(key[2]) + len(other[2]) > 2 and (
-                        len(key[2]) > 1 or key == of[first, n][-1]):  # fmt: skip
-                    seeds = " / ".join(dict.fromkeys((text(key[2]), text(other[2]))))
-                    paired.append([*what, seeds, *difference(cells, key, other)])
-            here = of[first, n][-1], other
-            if cells.keys() >= {*here}:
-                each = [difference(cells, *here, task) for task in TASKS]
-                by_task.append([*what, *(f"{points} ({p})" if p != MISSING else MISSING for points, _, p, *_ in each)])
+        five.append([NAMES[method], uad, dla, *row(cells, policies_of(cells, method, few)[-1]), f"{score:.1f} %"])
+    paired, by_task = comparisons(cells, numbers)
     return {
         "summary": table(["", *(f"{n} demonstrations" for n in numbers)], summary(cells, preset), 1),
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "learned": table(["held-out play", *LEARNED], learned(records), 1),
-        "controls": table(["method", "demonstrations", "seed", *tasks], controls, 1),
+        "controls": table(["method", "demonstrations", "seed", *tasks], single_policies(cells, numbers), 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
-                         "both, first, second, neither", "trials"], paired, 1),
-        "by_task": table(["compared, points (p)", "demonstrations", *TASKS], by_task, 1),
+                         "by policies: 95 % interval", "p", "both, first, second, neither", "trials"], paired, 1),
+        "by_task": table(["compared: points (p; by policies)", "demonstrations", *TASKS], by_task, 1),
         "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
     }  # fmt: skip
+
+
+def seeds(key: Key) -> str:
+    return ", ".join(map(str, key[2]))
+
+
+def single_policies(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> list[list[str]]:
+    """Each policy, each student's and each method's together; where there is more than Table 4 has."""
+    rows = []
+    for n in numbers:
+        if n == numbers[0] or any(k[1] == n and (k[0] not in COMPARED[0] or k[2] != (0,)) for k in cells):
+            keys = [key for method in NAMES for key in policies_of(cells, method, n)]
+            rows += [[NAMES[k[0]], str(n), seeds(k), *row(cells, k)] for k in keys if n == numbers[0] or k in cells]
+    return rows
+
+
+def comparisons(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[list[list[str]], list[list[str]]]:
+    """Methods against each other, policies of one seed and then all of each student's against all of the other method;
+    and the last of these task by task."""
+    paired, by_task = [], []
+    for first, second in COMPARED:
+        for n in numbers:
+            what = [f"{NAMES[first]} against {NAMES[second]}", str(n)]
+            *ones, all_ = policies_of(cells, first, n)
+            other = policies_of(cells, second, n)[-1]
+            for seed in sorted({0, *(k[2][0] for k in (*ones, all_))}):
+                here = (first, n, (seed,)), (second, n, (seed,))
+                if cells.keys() >= {*here} or not seed and (n == numbers[0] or (first, second) == COMPARED[0]):
+                    paired.append([*what, str(seed), *difference(cells, *here)])
+            if not cells.keys() >= {all_, other}:
+                continue
+            for key in [k for k in ones if len(k[2]) > 1] + [all_] * (len(all_[2]) + len(other[2]) > 2):
+                both = " / ".join(dict.fromkeys((seeds(key), seeds(other))))
+                paired.append([*what, both, *difference(cells, key, other)])
+            texts = []
+            for delta, _, p, _, welch, *_ in (difference(cells, all_, other, task) for task in TASKS):
+                texts.append(f"{delta} ({p}{f'; {welch}' if welch else ''})" if p != MISSING else MISSING)
+            by_task.append([*what, *texts])
+    return paired, by_task
 
 
 def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
@@ -347,7 +395,7 @@ def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
     asked = {(method, size[number]) for _, method, number, seed, _ in reproduce.POLICIES if not seed}
     numbers, rows = sorted(size.values()), []
     for method, name in NAMES.items():
-        texts = (rate(cells.get(widest(cells, method, n), {})) for n in numbers)
+        texts = (rate(cells.get(policies_of(cells, method, n)[-1], {})) for n in numbers)
         rows.append([name, *(f"{mean} ({span})" if span else mean for mean, span in texts)])
         for i, n in enumerate(numbers, 1):
             if rows[-1][i] == MISSING and (method, n) not in asked:
@@ -355,8 +403,8 @@ def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:
     first, second = COMPARED[0]
     last = [f"{NAMES[first]} against {NAMES[second]}, points"]
     for n in numbers:
-        points, span, *_ = difference(cells, widest(cells, first, n), widest(cells, second, n))
-        last.append(f"{points} ({span})" if span != MISSING else MISSING)
+        delta, span, *_ = difference(cells, policies_of(cells, first, n)[-1], policies_of(cells, second, n)[-1])
+        last.append(f"{delta} ({span})" if span != MISSING else MISSING)
     return [*rows, last]
 
 
@@ -367,7 +415,8 @@ def learned(records: dict[str, dict]) -> list[list[str]]:
     for unit in (*PAPER5, "latbot_s1", "shuffled"):
         last, (method, _, seed) = {}, unit.partition("_s")
         for name in (f"lam_{unit}", f"student_{unit}"):  # their metrics have different names
-            last |= {key: values[-1] for key, values in records.get(name, {}).get("curve", {}).items()}
+            curve = records.get(name, {}).get("curve", {})
+            last |= {key: values[-1] for key, values in curve.items() if values[-1] is not None}
         if "val_mse" in last:
             last["of_mean"] = last["val_mse"] / last["val_mse_mean"]
         texts = (" ".join(form.format(last[k]) for k, form in metrics.items() if k in last)
@@ -385,8 +434,8 @@ def by_stage(records: dict[str, dict]) -> list[list[str]]:
             hours.setdefault(stage, []).append((took := record["seconds"] / 3600, took / 2 if one else took))
     hours["all"] = hours.pop("all")  # the last row
     rows = []
-    for stage, pairs in hours.items():
-        each, shared = zip(*pairs, strict=True)
+    for stage, spent in hours.items():
+        each, shared = zip(*spent, strict=True)
         span = " to ".join(dict.fromkeys(f"{h:.2f}" for h in (min(each), max(each))))
         rows.append([stage, str(len(each)), span if stage != "all" else "", f"{sum(each):.1f}", f"{sum(shared):.1f}"])
     return rows
@@ -435,7 +484,7 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
             points = []
             for place, n in enumerate(numbers):
-                outcomes = cells.get(widest(cells, method, n), {})
+                outcomes = cells.get(policies_of(cells, method, n)[-1], {})
                 shown = outcomes if i == 0 else {t: trials for t, trials in outcomes.items() if t == task}
                 text = "".join(text for texts in shown.values() for text in texts)
                 if text and (i or len(outcomes) == len(TASKS)):
@@ -547,13 +596,14 @@ class Args:
     preset: Literal["small", "tiny"] = "small"
     """Whose results."""
     pages: tuple[str, ...] = ("README.md", "results/REPORT.md")
-    """Where tables go; pages that are absent, or have no place for tables, stay as they are."""
+    """Where tables go; pages that are absent, or have no place for tables, stay as they are. Those of --tiny are no
+    evidence, and go nowhere unless you say so."""
     films: str = ""
     """A unit of trials: draw a GIF of each task from its films, too."""
 
 
 def main() -> None:
-    args = common.parse_args(Args, {"tiny": Args("tiny"), "small": Args("small")}, __doc__)
+    args = common.parse_args(Args, {"tiny": Args("tiny", pages=()), "small": Args("small")}, __doc__)
     folder = Path("results") / args.preset
     records, strange = load(folder)
     for path, why in strange.items():

@@ -36,7 +36,7 @@ Where the paper is silent (all our choice):
     do not see, and with commands about cups, pots and ovens that those two never hear before the tasks; so does
     "shuffled", which differs from LatBot in the latent actions alone. Half of their windows begin with their episodes
     (distill.py 9). Fine-tuning leaves the student as it is (finetune.py 4). That of "scratch" has to learn: at the full
-    rates, its expert seeing all of it, for half as many steps, which take three times as long as the others'.
+    rates, its expert seeing all of it, for half as many steps, each of which takes five times as long.
  4. Steps of fine-tuning go by the number of demonstrations, for all students that stay as they are alike (Sec. 4.4 has
     it so): 3,000 for ten, and 6,000 for 50 and 100; at a hundred 3,000 see each window twice, and the error still
     falls.

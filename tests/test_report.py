@@ -5,6 +5,7 @@ import json
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from scipy import stats
 
 import common
 import report
@@ -87,6 +88,64 @@ def test_a_placement_met_again_is_no_new_one():
     assert report.difference_interval(thirds, ones)[:3] == pytest.approx(report.newcombe(10 / 3, 0, 20 / 3, 0))
 
 
+def test_unequal_numbers_of_policies():
+    """Three against two, by hand: the placements' mean rates, and each policy's own."""
+    first = {TASKS[0]: ("1110", "1100", "1000"), TASKS[1]: ("0001", "0000", "0001")}
+    second = {TASKS[0]: ("0000", "1000"), TASKS[1]: ("1000", "0000")}
+    d = np.array([1 - 1 / 2, 2 / 3, 1 / 3, 0, -1 / 2, 0, 0, 2 / 3])
+    delta, low, high, p = report.difference_interval(first, second)
+    half = 1.96 * d.std(ddof=1) / 8**0.5
+    assert (delta, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half))
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1)
+    assert p == pytest.approx(np.mean(np.abs(d @ signs) > abs(d.sum()) - 1e-9))
+    rates, others = np.array([4, 2, 2]) / 8, np.array([1, 1]) / 8
+    low, high, p = report.by_policies(first, second)
+    spread = 4.303 * rates.std(ddof=1) / 3**0.5  # the others do not differ: two degrees of freedom
+    delta = rates.mean() - others.mean()
+    assert (low, high) == pytest.approx((delta - spread, delta + spread), abs=1e-3) and 0.05 < p < 0.2
+    apart, ours = ([48, 53, 54], [43, 32, 45]), lambda x: {TASKS[0]: tuple("1" * k + "0" * (100 - k) for k in x)}
+    test = stats.ttest_ind(*apart, equal_var=False)
+    low, high = (x / 100 for x in test.confidence_interval())
+    assert report.by_policies(*map(ours, apart)) == pytest.approx((low, high, test.pvalue))
+    assert report.by_policies(first, {t: x[:1] for t, x in second.items()}) is None
+    assert report.by_policies({t: x[:1] * 2 for t, x in first.items()}, second) is None
+    assert report.difference_interval({TASKS[0]: ("1" * 9 + "0",) * 2}, {TASKS[0]: ("0" * 10,) * 2})[2] == 1
+
+
+def test_points():
+    shown = [report.points(x) for x in (0.124, -0.06, 0.0, -0.0004, -0.004, 0.0006, -0.01)]
+    assert shown == ["+12", "-6", "0", "0", "-0.4", "+0.1", "-1"]
+
+
+def test_each_task_is_compared_by_itself(folder):
+    """Tasks that differ, and no row twice."""
+    write(folder, "policy_latbot_10_s2", "finetune", ["lam_latbot"], ["episodes"], episodes=50)
+    apart = [c for task, text in zip(TASKS, ("1111111111", "0000000000", "1111100000", "1000000000", "0100010000"),
+                                     strict=True) for c in cells("latbot", 10, text, 2, [task])]  # fmt: skip
+    write(folder, "trials_latbot_10_s2", "evaluate", ["policy_latbot_10_s2"], cells=apart)
+    write(folder, "trials_uad_10", "evaluate", cells=cells("uad", 10, "0000000000"))
+    made = report.tables(report.load(folder)[0])
+    row = next(line for line in made["by_task"].splitlines() if line.startswith("| LatBot against no"))
+    assert [cell.split(" (")[0] for cell in row.split(" | ")[2:]] == ["+70", "+20", "+45", "+25", "+30"]
+    assert "–" not in row and ";" not in row  # one policy of the other: none by policies
+    rows = made["paired"].splitlines()[2:]
+    assert len(rows) == len(set(rows)) and sum(line.startswith("| + UAD against no") for line in rows) == 1
+
+
+def test_a_miniature_fills_no_page(folder, tmp_path, monkeypatch):
+    """`report.py --tiny` would put its toys where the evidence is."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("results/tiny", "results/small"):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(folder)
+    page = tmp_path / "README.md"
+    page.write_text(old := "<!-- results:table4 -->\n<!-- /results:table4 -->\n")
+    for preset, filled in (("--tiny", False), ("--small", True)):
+        monkeypatch.setattr("sys.argv", ["report.py", preset])
+        report.main()
+        assert (page.read_text() != old) == filled, preset
+
+
 def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
@@ -99,7 +158,7 @@ def test_tables(folder):
     assert f"**80 %** (48) | {low:.0f} to {high:.0f} %, n = 50 |" in latbot
     paired = made["paired"].splitlines()[2]
     delta, low, high = (f"{100 * x:+.0f}" for x in report.newcombe(10, 30, 0, 10))
-    numbers = f"{delta} | {low} to {high} | < 0.001 | 10, 30, 0, 10 | 50"
+    numbers = f"{delta} | {low} to {high} | < 0.001 |  |  | 10, 30, 0, 10 | 50"
     assert paired == f"| LatBot against no distillation | 10 | 0 | {numbers} |"
     assert made["hours"].splitlines()[2:] == [
         "| lam | 1 | 1.00 | 1.0 | 1.0 |", "| finetune | 2 | 1.00 | 2.0 | 1.0 |", "| evaluate | 2 | 1.00 | 2.0 | 1.0 |",
@@ -121,7 +180,8 @@ def test_what_is_missing_is_shown_as_such(folder):
 
 def test_what_stages_1_and_2_learned(folder):
     """The last values of a method's model and student, each where it belongs; the control has no model of its own."""
-    curves = {"lam_dla": {"val_psnr": [20.2, 24.47], "val_psnr_copy": [20.2, 20.2], "val_frame_zero_sce": [1.0, 3.478]},
+    curves = {"lam_dla": {"val_r2": [0.1, None], "val_psnr": [20.2, 24.47], "val_psnr_copy": [20.2, 20.2],
+                          "val_frame_zero_sce": [1.0, 3.478]},
               "lam_latbot": {"val_r2": [-2.0, 0.41], "val_gripper_accuracy": [0.2, 0.906]},
               "lam_latbot_s1": {"val_r2": [-2.0, 0.34]},
               "student_latbot": {"val_mse": [2.0, 0.2], "val_mse_mean": [0.5, 0.5], "val_cosine": [0.1, 0.897]},
