@@ -17,6 +17,8 @@ Conventions, once and for all:
   or how often the run was interrupted. This is what makes resuming bit-exact.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -1043,7 +1045,15 @@ def save_checkpoint(
             doomed = old.with_name(old.name + ".partial")
             os.replace(old, doomed)
             shutil.rmtree(doomed)
+    release_memory()
     process.barrier()
+
+
+def release_memory() -> None:
+    """Gives the system back what the C library keeps of freed memory; only glibc can. Batches of many lengths leave
+    holes in its heap: two hours of `distill.py --small` on a CPU grew from 10 to 14 GB without this."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # other systems, other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -178,6 +178,7 @@ HERE = Path(__file__).resolve().parent
 FREE = {"out", "resume", "workers", "log_every", "save_every", "preload", "max_bad"}  # change no result
 HEARTBEAT, STALE = 10.0, 120.0  # s: how often a claim is renewed, and after how long without that it is void
 ROOM = 3e9  # bytes that must be free on the disk before a unit starts
+MEMORY = 12e9  # bytes that a unit may take: a student 10, of which 7 are all pictures of play
 
 
 @dataclass(frozen=True)
@@ -682,6 +683,15 @@ def work(queue: Queue, jobs: int, wait: float = 2.0) -> set[str]:
     return failed
 
 
+def at_once() -> int:
+    """How many units to work on at once, where nobody says."""
+    if torch.cuda.is_available():
+        return 1
+    pages = {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= getattr(os, "sysconf_names", {}).keys()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if pages else MEMORY
+    return max(1, min(4, os.cpu_count() or 1, int(memory // MEMORY)))
+
+
 def room(folder: Path) -> None:
     """Raises InputError where the disk is nearly full."""
     free = shutil.disk_usage(folder).free
@@ -744,7 +754,8 @@ class Args:
     preset: Literal["small", "tiny"] = "small"
     """The size of everything: small is the real one, tiny a miniature."""
     jobs: int = 0
-    """Units at once, each on its share of the cores. 0: one a core, at most 4; one where there is a GPU."""
+    """Units at once, each on its share of the cores. 0: one a core, at most 4, and for each 12 GB of memory one; one
+    where there is a GPU."""
     only: str = ""
     """Only units whose name fits this pattern (* and ?, as for files), and what they need."""
     list: bool = False
@@ -782,7 +793,7 @@ def main() -> None:
     for name, s in status.items():
         if s.why:
             print(f"  {name} is made anew: {s.why}")
-    failed = work(queue, args.jobs or (1 if torch.cuda.is_available() else min(4, os.cpu_count() or 1)))
+    failed = work(queue, args.jobs or at_once())
     print(f"tables and figures: python report.py --{args.preset}")
     if failed:
         sys.exit(1)

@@ -99,19 +99,20 @@ def test_the_plan(preset):
         assert all(names.index(n) < i for n in unit.needs), name
     few = min(reproduce.PRESETS[preset].demonstrations.values())
     trials = [n for n in names if units[n].cell]
-    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 35
+    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 37
     needed = {n: set(reproduce.closure(units, [n])) for n in trials}
     assert not any(n.startswith(("lam", "student")) for n in needed[f"trials_none_{few}"])
     assert needed[f"trials_scratch_{few}"] == {"demos", f"policy_scratch_{few}", f"trials_scratch_{few}"}
     assert {"lam_uad", "student_uad", f"policy_uad_{few}"} < needed[f"trials_uad_{few}"]
-    assert {"lam_latbot_s1", "student_latbot_s1"} < needed[f"trials_latbot_{few}_s1"]
+    for seed in (1, 4, 5):
+        assert {"lam_latbot_s1", "student_latbot_s1"} < needed[f"trials_latbot_{few}_s{seed}"]
     assert {"lam_latbot", "student_latbot"} < needed[f"trials_latbot_{few}_s2"]
     assert "lam_latbot" in needed[f"trials_shuffled_{few}"] and "lam_latbot" not in needed[f"trials_bc_{few}"]
     counts = {n: 0 for n in "abc"}
     for name in trials:
         for experiment in units[name].cell["experiment"]:
             counts[experiment] += 1
-    assert counts == {"a": 6, "b": 11, "c": 22}
+    assert counts == {"a": 6, "b": 11, "c": 24}
     queue, steps = reproduce.Queue(units, Path("work"), Path("results")), {}
     for unit in units.values():
         args = queue.args(unit)
@@ -454,6 +455,16 @@ def test_what_stays_of_a_finished_unit(tmp_path):
     model(kept[0], 1e9)
     with pytest.raises(InputError, match="too large for float16"):
         reproduce.halve(tmp_path)
+
+
+@pytest.mark.parametrize("gb, cores, jobs", [(7, 8, 1), (24, 2, 2), (25.3, 8, 2), (200, 8, 4), (200, 1, 1)])
+def test_units_at_once_go_by_memory_too(monkeypatch, gb, cores, jobs):
+    """Two students side by side took a machine of 24 GB to its knees when each grew to 14."""
+    size = {"SC_PHYS_PAGES": int(gb * 1e9 / 4096), "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(reproduce.os, "sysconf", lambda name: size[name])
+    monkeypatch.setattr(reproduce.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+    assert reproduce.at_once() == jobs
 
 
 def test_a_full_disk(make, monkeypatch):
