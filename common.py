@@ -1012,7 +1012,7 @@ def save_checkpoint(
     tokenizer: Any, process: Process, keep: int = 2,
 ) -> None:  # fmt: skip
     """Writes a checkpoint, whole or not at all, and removes all but the newest `keep`. A step that is already there is
-    left as it is: a resumed run is bit-exact, so it would write the same.
+    left as it is: a resumed run is bit-exact, so it would write the same. Then frees what memory it can.
 
     Every rank must call it: sharded tensors are gathered one at a time and moved to the host memory of rank 0, which
     needs room for the weights (4 bytes a parameter), and after them for the moments (8 bytes)."""

@@ -340,7 +340,7 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "table4": table(["demonstrations", "method (paper's, %: pi0.5, LatBot)", *tasks], four),
         "table5": table([f"{few} demonstrations", "UAD", "DLA", *tasks, "paper (SIMPLER)"], five, 3),
         "learned": table(["held-out play", *LEARNED], learned(records), 1),
-        "controls": table(["method", "demonstrations", "seed", *tasks], single_policies(cells, numbers), 1),
+        "controls": table(["method", "demonstrations", "seed", *tasks], controls(cells, numbers), 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
                          "by policies: 95 % interval", "p", "both, first, second, neither", "trials"], paired, 1),
         "by_task": table(["compared: points (p; by policies)", "demonstrations", *TASKS], by_task, 1),
@@ -353,7 +353,7 @@ def seeds(key: Key) -> str:
     return ", ".join(map(str, key[2]))
 
 
-def single_policies(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> list[list[str]]:
+def controls(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> list[list[str]]:
     """Each policy, each student's and each method's together; where there is more than Table 4 has."""
     rows = []
     for n in numbers:
@@ -482,15 +482,15 @@ def draw(records: dict[str, dict], folder: Path, preset: str = "small") -> list[
     fig, axes = plt.subplots(2, 3, figsize=(12, 7), sharex=True, sharey=True, layout="constrained")
     for i, (ax, task) in enumerate(zip(axes.flat, ["mean of the five tasks", *TASKS], strict=True)):
         for method, colour, aside in (("none", "tab:gray", -0.06), ("latbot", "tab:blue", 0.06)):  # side by side
-            points = []
+            dots = []
             for place, n in enumerate(numbers):
                 outcomes = cells.get(policies_of(cells, method, n)[-1], {})
                 shown = outcomes if i == 0 else {t: trials for t, trials in outcomes.items() if t == task}
                 text = "".join(text for texts in shown.values() for text in texts)
                 if text and (i or len(outcomes) == len(TASKS)):
-                    points.append((place + aside, text.count("1") / len(text), *rate_interval(shown)))
-            if points:
-                x, y, low, high = zip(*points, strict=True)
+                    dots.append((place + aside, text.count("1") / len(text), *rate_interval(shown)))
+            if dots:
+                x, y, low, high = zip(*dots, strict=True)
                 bars = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
                 ax.errorbar(x, y, bars, marker="o", capsize=4, color=colour, label=NAMES[method])
             scores = {place + aside: PAPER4[n, method] for place, n in enumerate(numbers) if (n, method) in PAPER4}

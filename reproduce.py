@@ -178,7 +178,7 @@ HERE = Path(__file__).resolve().parent
 FREE = {"out", "resume", "workers", "log_every", "save_every", "preload", "max_bad"}  # change no result
 HEARTBEAT, STALE = 10.0, 120.0  # s: how often a claim is renewed, and after how long without that it is void
 ROOM = 3e9  # bytes that must be free on the disk before a unit starts
-MEMORY = 12e9  # bytes that a unit may take: a student 10, of which 7 are all pictures of play
+MEMORY = 12e9  # bytes that a unit may take: a student some 10, of which 7 are all pictures of play
 
 
 @dataclass(frozen=True)

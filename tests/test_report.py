@@ -216,6 +216,10 @@ def test_all_policies_of_a_method_are_taken_together(folder):
         ("0", "+60", "50 |"), ("2", "-10", "50 |"), ("0, 2", "+25", "100 |"), ("1, 4 / 0, 2", "+80", "100 |"),
         ("0, 1, 2, 4 / 0, 2", "+52", "200, 100 |"), ("0", "–", "– |"), ("0", "–", "– |")]  # fmt: skip
     assert made["by_task"].count("+52 (0.00") == len(TASKS)  # two placements of ten are missed by both
+    test = stats.ttest_ind([0.8, 1, 0, 0.9], [0.2, 0.1], equal_var=False)  # by policies, behind what is by placements
+    low, high = (f"{100 * x:+.0f}" for x in test.confidence_interval())
+    assert shown[4][4:6] == [f"{low} to {high}", f"{test.pvalue:.3f}"] and shown[4][3] == "< 0.001"
+    assert made["by_task"].count(f"; {test.pvalue:.3f})") == len(TASKS)
     assert "| LatBot | **68 %** (" in made["summary"] and "| no distillation | **15 %** (" in made["summary"]
     assert "| LatBot against no distillation, points | +52 (" in made["summary"]
     for seed in (0, 3):  # a control with other seeds
