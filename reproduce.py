@@ -144,6 +144,16 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("b", "dla", 10, 3, "{student_dla}"),
     ("c", "bc", 10, 2, "{student_bc} --new-expert"),
     ("c", "bc", 10, 3, "{student_bc} --new-expert"),
+    ("b", "univla-style", 10, 4, "{student_univla-style}"),  # five or six of each: three scatter too widely
+    ("b", "univla-style", 10, 5, "{student_univla-style}"),
+    ("b", "uad", 10, 4, "{student_uad}"),
+    ("b", "uad", 10, 5, "{student_uad}"),
+    ("b", "dla", 10, 4, "{student_dla}"),
+    ("b", "dla", 10, 5, "{student_dla}"),
+    ("c", "none", 10, 4, "{start_paligemma}/hf"),
+    ("c", "none", 10, 5, "{start_paligemma}/hf"),
+    ("c", "shuffled", 10, 4, "{student_shuffled}"),
+    ("c", "shuffled", 10, 5, "{student_shuffled}"),
 )
 
 
