@@ -144,7 +144,7 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("b", "dla", 10, 3, "{student_dla}"),
     ("c", "bc", 10, 2, "{student_bc} --new-expert"),
     ("c", "bc", 10, 3, "{student_bc} --new-expert"),
-    ("b", "univla-style", 10, 4, "{student_univla-style}"),  # five or six of each: three scatter too widely
+    ("b", "univla-style", 10, 4, "{student_univla-style}"),  # three of each, above, scatter too widely
     ("b", "univla-style", 10, 5, "{student_univla-style}"),
     ("b", "uad", 10, 4, "{student_uad}"),
     ("b", "uad", 10, 5, "{student_uad}"),

@@ -108,6 +108,11 @@ def test_the_plan(preset):
         assert {"lam_latbot_s1", "student_latbot_s1"} < needed[f"trials_latbot_{few}_s{seed}"]
     assert {"lam_latbot", "student_latbot"} < needed[f"trials_latbot_{few}_s2"]
     assert "lam_latbot" in needed[f"trials_shuffled_{few}"] and "lam_latbot" not in needed[f"trials_bc_{few}"]
+    for name in trials:  # every policy of a method starts from a student of its own
+        of = units[name].cell["method"]
+        own = {f"student_{of}", "student_latbot_s1"} if of == "latbot" else {f"student_{of}"}
+        students = {n for n in needed[name] if n.startswith("student")}
+        assert students <= own and len(students) == (of not in ("none", "scratch")), name
     counts = {n: 0 for n in "abc"}
     for name in trials:
         for experiment in units[name].cell["experiment"]:
