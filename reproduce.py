@@ -154,6 +154,8 @@ POLICIES = (  # experiments, method, demonstrations of each task, seed, what fin
     ("c", "none", 10, 5, "{start_paligemma}/hf"),
     ("c", "shuffled", 10, 4, "{student_shuffled}"),
     ("c", "shuffled", 10, 5, "{student_shuffled}"),
+    ("c", "latbot", 100, 2, "{student_latbot}"),
+    ("c", "none", 100, 2, "{start_paligemma}/hf"),
 )
 
 

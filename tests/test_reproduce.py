@@ -99,7 +99,7 @@ def test_the_plan(preset):
         assert all(names.index(n) < i for n in unit.needs), name
     few = min(reproduce.PRESETS[preset].demonstrations.values())
     trials = [n for n in names if units[n].cell]
-    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 47
+    assert trials[:2] == [f"trials_latbot_{few}", f"trials_none_{few}"] and len(trials) == 49
     needed = {n: set(reproduce.closure(units, [n])) for n in trials}
     assert not any(n.startswith(("lam", "student")) for n in needed[f"trials_none_{few}"])
     assert needed[f"trials_scratch_{few}"] == {"demos", f"policy_scratch_{few}", f"trials_scratch_{few}"}
@@ -117,7 +117,7 @@ def test_the_plan(preset):
     for name in trials:
         for experiment in units[name].cell["experiment"]:
             counts[experiment] += 1
-    assert counts == {"a": 6, "b": 17, "c": 28}
+    assert counts == {"a": 6, "b": 17, "c": 30}
     queue, steps = reproduce.Queue(units, Path("work"), Path("results")), {}
     for unit in units.values():
         args = queue.args(unit)
