@@ -4,10 +4,10 @@
     python report.py --small --films trials_latbot_10     # and results/small/*.gif, where these were just made
 
 Reads what `reproduce.py` wrote. Writes the text between `<!-- results:NAME -->` and `<!-- /results:NAME -->` in pages
-that have such lines (NAME: summary, table4, table5, learned, controls, paired, by_task, hours, units), and two figures.
-What has not been measured yet is shown as missing. Results of different configurations are refused: files whose stages
-had different arguments beside those in which units are meant to differ, or that were made from another unit than the
-one that is there.
+that have such lines (NAME: summary, table4, table5, learned, controls, paired, fresh, by_task, hours, units), and two
+figures. What has not been measured yet is shown as missing. Results of different configurations are refused: files
+whose stages had different arguments beside those in which units are meant to differ, or that were made from another
+unit than the one that is there.
 
 Statistics (our choice; the paper gives none). Success rates: Wilson's 95 % interval, of all trials of a row together.
 All policies meet the same placements, so two of them are compared trial by trial: the exact McNemar test (two-sided
@@ -21,8 +21,8 @@ in all ways (of single policies that is McNemar's; it is exact where both method
 so elsewhere), and the difference's interval is 1.96 standard errors of their mean to each side; where it and p
 disagree, p decides. All this takes policies as they are, and says how far other *placements* would move a number. How
 far other *policies* of the same students would, "by policies" says: Welch's t test of the policies' success rates,
-where both methods have several; with three of each it is blunt. What another student would do only the rows of LatBot's
-show.
+where both methods have several; with three of each it is blunt. The table "fresh" has the policies alone that were
+planned before any was known. What another student would do only the rows of LatBot's show.
 """
 
 import math
@@ -70,6 +70,7 @@ LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "cosine with Z (another's)": {"val_cosine": "{:.2f}", "val_cosine_shuffled": "({:.2f})"},
     "phases: perplexity": {"val_perplexity": "{:.2f}"},
 }
+FRESH = (4, 5)  # seeds of policies that were planned, for all methods, before any of them was known (results/LOG.md)
 MISSING = "–"  # what has not been measured
 
 Key = tuple[str, int, tuple[int, ...]]  # method, demonstrations of each task, seeds: of one policy, or of several
@@ -243,10 +244,16 @@ def gather(records: dict[str, dict]) -> dict[Key, Outcomes]:
             for student in ("", origin(records, record)):
                 groups.setdefault((method, n, student), set()).add(seed)
     for (method, n, _), seeds in groups.items():
-        policies = [found[method, n, (seed,)] for seed in sorted(seeds)]
-        tasks = [task for task in TASKS if all(task in policy for policy in policies)]
-        found[method, n, tuple(sorted(seeds))] = {t: tuple(policy[t][0] for policy in policies) for t in tasks}
+        key = method, n, tuple(sorted(seeds))
+        found[key] = together(found, key)
     return found
+
+
+def together(cells: dict[Key, Outcomes], key: Key) -> Outcomes:
+    """The outcomes of several policies, in the tasks that all have met."""
+    policies = [cells[*key[:2], (seed,)] for seed in key[2]]
+    tasks = [task for task in TASKS if all(task in policy for policy in policies)]
+    return {t: tuple(policy[t][0] for policy in policies) for t in tasks}
 
 
 def origin(records: dict[str, dict], trials: dict) -> str:
@@ -343,6 +350,8 @@ def tables(records: dict[str, dict], preset: str = "small") -> dict[str, str]:
         "controls": table(["method", "demonstrations", "seed", *tasks], controls(cells, numbers), 1),
         "paired": table(["compared", "demonstrations", "seed", "points", "95 % interval", "p",
                          "by policies: 95 % interval", "p", "both, first, second, neither", "trials"], paired, 1),
+        "fresh": table(["compared", "mean of each", "points", "95 % interval", "p", "by policies: 95 % interval", "p",
+                        *(f"{task}: points (p)" for task in TASKS)], fresh(cells, few), 1),
         "by_task": table(["compared: points (p; by policies)", "demonstrations", *TASKS], by_task, 1),
         "hours": table(["stage", "units", "hours each", "one after another", "on two cores"], by_stage(records), 1),
         "units": table(["unit", "hours", "on", "commit", "command"], by_unit(records), 1),
@@ -386,6 +395,21 @@ def comparisons(cells: dict[Key, Outcomes], numbers: Sequence[int]) -> tuple[lis
                 texts.append(f"{delta} ({p}{f'; {welch}' if welch else ''})" if p != MISSING else MISSING)
             by_task.append([*what, *texts])
     return paired, by_task
+
+
+def fresh(cells: dict[Key, Outcomes], n: int) -> list[list[str]]:
+    """Methods against each other by the policies of FRESH alone: which rows to make was not decided by looking."""
+    rows = []
+    for methods in COMPARED:
+        keys = [(method, n, FRESH) for method in methods]
+        if all((method, n, (seed,)) in cells for method in methods for seed in FRESH):
+            own = {key: together(cells, key) for key in keys}
+            by_task = (difference(own, *keys, task) for task in TASKS)
+            texts = ("".join(text for texts in outcomes.values() for text in texts) for outcomes in own.values())
+            means = ", ".join(f"{text.count('1') / len(text):.1%}".replace("%", " %") for text in texts)
+            rows.append([" against ".join(NAMES[method] for method in methods), means, *difference(own, *keys)[:5],
+                         *(f"{delta} ({p})" for delta, _, p, *_ in by_task)])  # fmt: skip
+    return rows
 
 
 def summary(cells: dict[Key, Outcomes], preset: str) -> list[list[str]]:

@@ -150,7 +150,8 @@ def test_tables(folder):
     records, strange = report.load(folder)
     made = report.tables(records)
     assert not strange
-    assert set(made) == {"summary", "table4", "table5", "learned", "controls", "paired", "by_task", "hours", "units"}
+    assert set(made) == {"summary", "table4", "table5", "learned", "controls", "paired", "fresh", "by_task", "hours",
+                         "units"}
     none, latbot, *more = made["table4"].splitlines()[2:]
     assert [line.count("–") for line in more] == [6] * 4  # 50 and 100, which nobody has measured
     assert none.startswith("| 10 | no distillation | 2/10 (0) | 2/10 (0) | 2/10 (60) |")
@@ -229,6 +230,17 @@ def test_all_policies_of_a_method_are_taken_together(folder):
     assert "| LatBot against Z shuffled | 10 | 0 | +60 |" in made["paired"]
     assert "| LatBot against Z shuffled | 10 | 0, 1, 2, 4 / 0, 3 | +48 |" in made["paired"]
     assert "| Z shuffled | **20 %** (11 to 33 %, n = 100) | – |  |" in made["summary"]  # 100 is not asked of it
+
+
+def test_policies_that_were_planned_before_any_was_known_are_compared_by_themselves(folder):
+    """Those of seeds 4 and 5, of two methods that have both; what the others did changes nothing."""
+    assert report.tables(report.load(folder)[0])["fresh"].count("\n") == 1  # head and rule
+    for method, seed, outcomes in (("latbot", 4, "1111100000"), ("latbot", 5, "1110000000"), ("none", 4, "1000000000"),
+                                   ("none", 5, "1100000000"), ("uad", 4, "1111111111")):  # fmt: skip
+        write(folder, f"trials_{method}_10_s{seed}", "evaluate", cells=cells(method, 10, outcomes, seed))
+    made = report.tables(report.load(folder)[0])["fresh"]
+    assert made.count("\n") == 2 and "| LatBot against no distillation | 40.0 %, 15.0 % | +25 |" in made
+    assert "| +25 (0." in made.splitlines()[-1]  # cups, of the same outcomes
 
 
 def test_seeds_of_more_demonstrations_have_rows_too(folder):
