@@ -70,7 +70,7 @@ LEARNED = {  # columns: metrics of stages 1 and 2, and how they are written
     "cosine with Z (another's)": {"val_cosine": "{:.2f}", "val_cosine_shuffled": "({:.2f})"},
     "phases: perplexity": {"val_perplexity": "{:.2f}"},
 }
-FRESH = (4, 5)  # seeds of policies that were planned, for all methods, before any of them was known (results/LOG.md)
+FRESH = (4, 5)  # seeds of policies that were planned before any of them was known: all of Table 5, two controls (LOG)
 MISSING = "–"  # what has not been measured
 
 Key = tuple[str, int, tuple[int, ...]]  # method, demonstrations of each task, seeds: of one policy, or of several
@@ -278,10 +278,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -> 
     return "\n".join([line(head), "|" + "---|" * left + "---:|" * (len(head) - left), *map(line, rows)])
 
 
+def joined(outcomes: Outcomes) -> str:
+    """All trials of all policies and tasks."""
+    return "".join(text for texts in outcomes.values() for text in texts)
+
+
 def rate(outcomes: Outcomes, paper: float | None = None) -> list[str]:
     """Mean success and its interval, in percent, and how many trials that is; "(paper's)" behind the mean."""
-    trials = "".join(text for texts in outcomes.values() for text in texts)
-    if not trials:
+    if not (trials := joined(outcomes)):
         return [MISSING, ""]
     low, high = rate_interval(outcomes)
     few = "" if len(outcomes) == len(TASKS) else f", {len(outcomes)} of {len(TASKS)} tasks"
@@ -405,8 +409,7 @@ def fresh(cells: dict[Key, Outcomes], n: int) -> list[list[str]]:
         if all((method, n, (seed,)) in cells for method in methods for seed in FRESH):
             own = {key: together(cells, key) for key in keys}
             by_task = (difference(own, *keys, task) for task in TASKS)
-            texts = ("".join(text for texts in outcomes.values() for text in texts) for outcomes in own.values())
-            means = ", ".join(f"{text.count('1') / len(text):.1%}".replace("%", " %") for text in texts)
+            means = ", ".join(f"{100 * x.count('1') / len(x):.1f} %" for x in map(joined, own.values()))
             rows.append([" against ".join(NAMES[method] for method in methods), means, *difference(own, *keys)[:5],
                          *(f"{delta} ({p})" for delta, _, p, *_ in by_task)])  # fmt: skip
     return rows
